@@ -1,0 +1,80 @@
+// What a checked call is to a kernel: attention() and decode() both become a Problem, and every backend runs Problems.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "heddle/backend.h"
+#include "heddle/select.h"
+#include "heddle/tensor.h"
+
+namespace heddle {
+
+// Rows of a tensor by (page, head, slot). Contiguous batches are pages too: page = the request, slot = the token; a packed batch is
+// one page whose slots run over all tokens. Strides in bytes for data, in elements for the float arrays.
+struct Rows {
+  std::byte* data = nullptr;
+  DType dtype = DType::kFloat32;
+  std::int64_t dim = 0;  // elements of a row; contiguous
+  std::int64_t page_stride = 0, head_stride = 0, slot_stride = 0;
+
+  // Quantized rows: x = value * scale_of(...) (+ mean_of(...)). partition 0: one scale.
+  const float* scale = nullptr;
+  std::int64_t partition = 0;
+  std::int64_t scale_page_stride = 0, scale_head_stride = 0, scale_group_stride = 0;
+  const float* mean = nullptr;
+  std::int64_t mean_page_stride = 0, mean_head_stride = 0;
+
+  std::byte* row(std::int64_t page, std::int64_t head, std::int64_t slot) const {
+    return data + page * page_stride + head * head_stride + slot * slot_stride;
+  }
+  float scale_of(std::int64_t page, std::int64_t head, std::int64_t slot) const {
+    if (scale == nullptr) return 1.0f;
+    if (partition == 0) return scale[0];
+    return scale[page * scale_page_stride + head * scale_head_stride + slot / partition * scale_group_stride];
+  }
+  const float* mean_of(std::int64_t page, std::int64_t head) const {
+    return mean == nullptr ? nullptr : mean + page * mean_page_stride + head * mean_head_stride;
+  }
+};
+
+// One request of the batch.
+struct Request {
+  std::int64_t q_len = 0, kv_len = 0;
+  std::int64_t q_page = 0, q_first = 0;  // query i lies in page q_page, slot q_first + i (q, out, lse)
+  std::int64_t k_page = 0, k_first = 0;  // key j likewise, unless the cache is paged:
+  const std::int32_t* pages = nullptr;   // key j lies in page pages[j / page_size], slot j % page_size
+};
+
+struct Problem {
+  Rows q, k, v, out;
+  // lse of (q_page, head, slot); null data: not wanted. float32, or float64 (reference only). Strides in elements.
+  void* lse = nullptr;
+  DType lse_dtype = DType::kFloat32;
+  std::int64_t lse_page_stride = 0, lse_head_stride = 0, lse_slot_stride = 0;
+
+  std::vector<Request> requests;
+  std::int64_t num_q_heads = 0, num_kv_heads = 0;
+  std::int64_t page_size = 0;  // 0: keys are contiguous
+
+  bool causal = false;
+  Window window;  // both unbounded: none
+  float softcap = 0.0f;
+  float scale = 1.0f;
+  const float* sinks = nullptr;  // [num_q_heads]
+  const Selection* selection = nullptr;
+  bool packed = false;
+  // int8 caches: quantize each query row on the way (0: do not; with q_static_scale > 0: by that scale)
+  bool quantize_q = false;
+  float q_static_scale = 0.0f;
+
+  Schedule schedule;
+  Device device;
+  Stream stream;
+
+  std::int64_t group() const { return num_q_heads / num_kv_heads; }
+};
+
+}  // namespace heddle
