@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/problem.h"
@@ -32,6 +33,8 @@ class Visibility {
   void tiles(std::int64_t q0, std::int64_t q1, std::int64_t tile, std::vector<Tile>& out) const;
   // Bit n of the result: `query` sees key k0 + n; keys at and past the request's length are 0.
   std::uint64_t bits64(std::int64_t query, std::int64_t k0) const;
+  // The keys [begin, end) that causality and the window argument leave, selections aside.
+  std::pair<std::int64_t, std::int64_t> allowed_keys(std::int64_t query) const;
 
   // Whether all query heads of a KV head see the same keys, so that they can share a row tile.
   static bool shared_by_group(const Problem& problem);
