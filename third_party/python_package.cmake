@@ -1,6 +1,6 @@
 # heddle_python_package_dir(<package> <out>): the directory of an installed Python package, without importing it; empty
 # when there is none. The Python is the one in use: an active environment's, or Python_EXECUTABLE.
-include_guard(GLOBAL)
+include_guard(DIRECTORY)
 set(Python_FIND_VIRTUALENV FIRST)
 if(HEDDLE_PYTHON)
   find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
