@@ -26,6 +26,11 @@ target_compile_options(
     $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-lineinfo;-Xptxas=-warn-spills;-Xcompiler=-Wall,-Wextra>
     $<$<AND:$<BOOL:${HEDDLE_WERROR}>,$<COMPILE_LANGUAGE:CUDA>>:-Werror=all-warnings>)
 
+# What everything below cuda/ compiles with.
+add_library(heddle_cuda_private INTERFACE)
+target_include_directories(heddle_cuda_private INTERFACE "${PROJECT_SOURCE_DIR}" "${PROJECT_SOURCE_DIR}/cpp/include")
+target_link_libraries(heddle_cuda_private INTERFACE heddle_flags heddle::cudart_static)
+
 # heddle_add_cuda_kernel(<folder> ARCHS <arch>... [CUTLASS])
 #
 # Compiles the .cu files of cuda/<folder> for those of ARCHS that HEDDLE_CUDA_ARCHS asks for, and adds them to the
@@ -45,8 +50,7 @@ function(heddle_add_cuda_kernel folder)
   file(GLOB sources CONFIGURE_DEPENDS "${folder}/*.cu")
   add_library(${name} OBJECT ${sources})
   set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${archs}")
-  target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}" "${PROJECT_SOURCE_DIR}/cpp/include" "${PROJECT_BINARY_DIR}/include")
-  target_link_libraries(${name} PRIVATE heddle_flags)
+  target_link_libraries(${name} PRIVATE heddle_cuda_private)
   if(arg_CUTLASS)
     if(NOT TARGET heddle_cutlass)
       message(FATAL_ERROR "cuda/${folder} needs CUTLASS: pip install --no-deps nvidia-cutlass==4.2.0.0, or set HEDDLE_CUTLASS_DIR")

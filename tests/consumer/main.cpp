@@ -34,7 +34,8 @@ int main(int argc, char** argv) {
     for (int h = 0; h < kHeads; ++h) {
       const float got = out[(i * kHeads + h) * kDim], got_lse = lse[h * kTokens + i];
       if (std::fabs(got - mean) > 1e-5f || std::fabs(got_lse - log_count) > 1e-5f) {
-        std::fprintf(stderr, "token %d head %d: out %g lse %g, expected %g and %g\n", i, h, got, got_lse, mean, log_count);
+        std::fprintf(stderr, "token %d head %d: out %g lse %g, expected %g and %g\n", i, h, got, got_lse, mean,
+                     log_count);
         return 1;
       }
     }

@@ -1,0 +1,111 @@
+// Log-sum-exp merge of partial attention results over disjoint key sets.
+//
+//   m = max_p lse_p      lse = m + log sum_p exp(lse_p - m)      out = sum_p exp(lse_p - lse) out_p
+//
+// Roles: a row (request, token, head) belongs to `groups` groups of `lanes` threads of one block (config.h). Each group
+// reads all lse of the row and reduces them by shuffles, then sums its share of the parts; the groups' sums meet in
+// shared memory in a fixed order. Data: each partial is read once, in 16-byte accesses, kMergeUnroll of them in flight
+// a thread. Limit: bytes over memory bandwidth; rows x (parts x (dim + 1 lse) + dim + 1 lse).
+#pragma once
+
+#include "cuda/common/online_softmax.cuh"
+#include "cuda/common/vec.cuh"
+#include "cuda/launch.h"
+#include "cuda/sm90/merge/config.h"
+
+namespace heddle::cuda {
+
+struct RowIndex {
+  std::int64_t batch, seq, head;
+
+  __device__ __forceinline__ std::int64_t offset(const MergeArgs::Strides& stride) const {
+    return batch * stride.batch + seq * stride.seq + head * stride.head;
+  }
+};
+
+// Heads vary fastest: neighbouring threads then write neighbouring rows of `out`.
+__device__ __forceinline__ RowIndex row_index(std::int64_t row, const MergeArgs& args) {
+  if (row <= UINT32_MAX) {  // 64-bit division costs as much as the loads of a short row
+    const unsigned r = static_cast<unsigned>(row), heads = static_cast<unsigned>(args.heads);
+    const unsigned seq = static_cast<unsigned>(args.seq);
+    return {r / heads / seq, r / heads % seq, r % heads};
+  }
+  return {row / args.heads / args.seq, row / args.heads % args.seq, row % args.heads};
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kMergeThreads, kMergeBlocksPerSm)
+    merge_kernel(const __grid_constant__ MergeArgs args, const __grid_constant__ MergeShape shape) {
+  __shared__ float partial[N][kMergeThreads];
+
+  const int lane = static_cast<int>(threadIdx.x) % shape.lanes;
+  const int group = static_cast<int>(threadIdx.x) / shape.lanes % shape.groups;
+  const int threads_per_row = shape.lanes * shape.groups;
+  const std::int64_t row =
+      std::int64_t{blockIdx.x} * shape.rows_per_block + static_cast<int>(threadIdx.x) / threads_per_row;
+  // Threads beyond the last row stay for the shuffles and barriers; without parts they neither read nor write.
+  const bool active = row < args.batch * args.seq * args.heads;
+  const int num_parts = active ? static_cast<int>(args.num_parts) : 0;
+  const RowIndex index = row_index(active ? row : 0, args);
+
+  const float* lses = args.lses + index.offset(args.lses_stride);
+  SoftmaxState state;
+  for (int p = lane; p < num_parts; p += shape.lanes) state.merge({lses[p * args.lses_stride.part], 1.0f});
+  state.merge_lanes(shape.lanes);
+  const float reference = state.reference();
+  const float inverse = state.l == 0.0f ? 0.0f : 1.0f / state.l;
+  if (args.lse != nullptr && active && lane == 0 && group == 0) {
+    args.lse[index.offset(args.lse_stride)] = state.lse();
+  }
+
+  const T* outs = static_cast<const T*>(args.outs) + index.offset(args.outs_stride);
+  T* out = static_cast<T*>(args.out) + index.offset(args.out_stride);
+  const int row_vectors = static_cast<int>(args.dim / N);
+  for (int first = 0; first < row_vectors; first += shape.lanes) {
+    const std::int64_t column = std::int64_t{first + lane} * N;
+    const bool inside = first + lane < row_vectors;
+    float sum[N] = {};
+    for (int p = group; p < num_parts; p += kMergeUnroll * shape.groups) {
+      float weight[kMergeUnroll];
+#pragma unroll
+      for (int u = 0; u < kMergeUnroll; ++u) {
+        const int part = min(p + u * shape.groups, num_parts - 1);  // no branch: the loads go out together
+        weight[u] = lses[part * args.lses_stride.part];
+      }
+      Vec<T, N> x[kMergeUnroll];
+#pragma unroll
+      for (int u = 0; u < kMergeUnroll; ++u) {
+        const int part = p + u * shape.groups;
+        weight[u] = part < num_parts ? expf(weight[u] - reference) : 0.0f;
+        // A part without weight is not read: what it holds may be anything, and 0 times NaN is NaN.
+        x[u] = inside && weight[u] != 0.0f ? Vec<T, N>::load_streaming(outs + part * args.outs_stride.part + column)
+                                           : Vec<T, N>::zero();
+      }
+#pragma unroll
+      for (int u = 0; u < kMergeUnroll; ++u) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) sum[i] += weight[u] * to_float(x[u].elements[i]);
+      }
+    }
+
+    if (shape.groups > 1) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) partial[i][threadIdx.x] = sum[i];
+      __syncthreads();
+      if (group == 0) {
+        for (int g = 1; g < shape.groups; ++g) {
+#pragma unroll
+          for (int i = 0; i < N; ++i) sum[i] += partial[i][threadIdx.x + g * shape.lanes];
+        }
+      }
+      __syncthreads();
+    }
+    if (active && inside && group == 0) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] *= inverse;
+      Vec<T, N>::from_floats(sum).store(out + column);
+    }
+  }
+}
+
+}  // namespace heddle::cuda
