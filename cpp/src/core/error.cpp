@@ -6,22 +6,14 @@ namespace heddle {
 
 std::string_view to_string(ErrorCode code) {
   switch (code) {
-    case ErrorCode::kShape:
-      return "shape";
-    case ErrorCode::kDType:
-      return "dtype";
-    case ErrorCode::kDevice:
-      return "device";
-    case ErrorCode::kLayout:
-      return "layout";
-    case ErrorCode::kValue:
-      return "value";
-    case ErrorCode::kCapacity:
-      return "capacity";
-    case ErrorCode::kUnsupported:
-      return "unsupported";
-    case ErrorCode::kRuntime:
-      return "runtime";
+    case ErrorCode::kShape: return "shape";
+    case ErrorCode::kDType: return "dtype";
+    case ErrorCode::kDevice: return "device";
+    case ErrorCode::kLayout: return "layout";
+    case ErrorCode::kValue: return "value";
+    case ErrorCode::kCapacity: return "capacity";
+    case ErrorCode::kUnsupported: return "unsupported";
+    case ErrorCode::kRuntime: return "runtime";
   }
   return "unknown";
 }

@@ -1,0 +1,441 @@
+// The front ends of attention() and decode(): check everything, describe the call as a Problem, hand it to a backend.
+#include "heddle/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "core/check.h"
+#include "core/dispatch.h"
+#include "heddle/decode.h"
+
+namespace heddle {
+namespace {
+
+constexpr std::initializer_list<DType> kFloats = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64};
+constexpr std::initializer_list<DType> kFloatsAndInt8 = {DType::kFloat32, DType::kFloat16, DType::kBFloat16,
+                                                         DType::kFloat64, DType::kInt8};
+constexpr std::initializer_list<DType> kElements = {DType::kFloat32, DType::kFloat16, DType::kBFloat16,
+                                                    DType::kFloat64, DType::kInt8,    DType::kFloat8E4M3};
+
+bool is_quantized(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kFloat8E4M3; }
+bool on_cpu(const Problem& problem) { return problem.device.type == DeviceType::kCpu; }
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+void check_data(std::string_view argument, const TensorView& view, int rank, std::initializer_list<DType> dtypes,
+                Device device, std::string_view owner) {
+  check::given(argument, view);
+  check::rank(argument, view, rank);
+  check::dtype(argument, view, dtypes);
+  check::device(argument, view, device, owner);
+  check::contiguous_rows(argument, view);
+}
+
+void check_heads(std::int64_t num_q_heads, std::int64_t num_kv_heads) {
+  if (num_q_heads % num_kv_heads != 0) {
+    check::fail(ErrorCode::kShape, "q",
+                check::text(num_q_heads, " heads; allowed are multiples of the ", num_kv_heads, " heads of k and v"));
+  }
+}
+
+// [B, S, H, D] or packed [total, H, D].
+Rows rows_of(const TensorView& x) {
+  const auto size = static_cast<std::int64_t>(size_of(x.dtype));
+  const int slot = x.rank - 3;
+  return {.data = x.as<std::byte>(),
+          .dtype = x.dtype,
+          .dim = x.shape[x.rank - 1],
+          .page_stride = x.rank == 4 ? x.strides[0] * size : 0,
+          .head_stride = x.strides[slot + 1] * size,
+          .slot_stride = x.strides[slot] * size};
+}
+
+// The scales of a quantized q, k or v; `name` is "k_scales".
+void set_scales(std::string_view x_name, std::string_view name, const TensorView& x, const QuantScales& scales,
+                Rows& rows) {
+  if (!is_quantized(x.dtype)) {
+    if (scales.scale.given() || scales.mean.given()) {
+      check::fail(
+          ErrorCode::kValue, name,
+          check::text("given for ", x_name, " of dtype ", to_string(x.dtype), "; allowed with int8 and float8_e4m3"));
+    }
+    return;
+  }
+  const std::string scale_name = check::text(name, ".scale"), mean_name = check::text(name, ".mean");
+  const TensorView& scale = scales.scale;
+  check::at_least(check::text(name, ".partition"), scales.partition, 0);
+  check::given(scale_name, scale);
+  check::dtype(scale_name, scale, {DType::kFloat32});
+  check::device(scale_name, scale, x.device, x_name);
+  const int slot = x.rank - 3;
+  if (scales.partition == 0) {
+    check::shape(scale_name, scale, {1});
+    if (x.device.type == DeviceType::kCpu) check::finite(scale_name, *scale.as<const float>());
+  } else {
+    const std::int64_t groups = ceil_div(x.shape[slot], scales.partition), heads = x.shape[slot + 1];
+    if (x.rank == 4) {
+      check::shape(scale_name, scale, {x.shape[0], groups, heads});
+    } else {
+      check::shape(scale_name, scale, {groups, heads});
+    }
+    rows.partition = scales.partition;
+    rows.scale_page_stride = x.rank == 4 ? scale.strides[0] : 0;
+    rows.scale_group_stride = scale.strides[slot];
+    rows.scale_head_stride = scale.strides[slot + 1];
+  }
+  rows.scale = scale.as<const float>();
+  if (const TensorView& mean = scales.mean; mean.given()) {
+    check::given(mean_name, mean);
+    check::dtype(mean_name, mean, {DType::kFloat32});
+    check::device(mean_name, mean, x.device, x_name);
+    check::contiguous_rows(mean_name, mean);
+    if (x.rank == 4) {
+      check::shape(mean_name, mean, {x.shape[0], x.shape[2], x.shape[3]});
+    } else {
+      check::shape(mean_name, mean, {x.shape[1], x.shape[2]});
+    }
+    rows.mean = mean.as<const float>();
+    rows.mean_page_stride = x.rank == 4 ? mean.strides[0] : 0;
+    rows.mean_head_stride = mean.strides[x.rank - 3];
+  }
+}
+
+// out and lse. The reference also writes wider types than the inputs', so that it can be an oracle for them.
+void set_outputs(const TensorView& q, std::int64_t head_dim_v, const TensorView& out, const TensorView& lse,
+                 Backend backend, Problem& problem) {
+  const DType own = is_quantized(q.dtype) ? DType::kFloat32 : q.dtype;
+  const bool oracle = backend == Backend::kReference;
+  check::given("out", out);
+  if (oracle) {
+    check::dtype("out", out, {own, DType::kFloat32, DType::kFloat64});
+  } else {
+    check::dtype("out", out, {own});
+  }
+  check::device("out", out, q.device, "q");
+  if (q.rank == 4) {
+    check::shape("out", out, {q.shape[0], q.shape[1], q.shape[2], head_dim_v});
+  } else {
+    check::shape("out", out, {q.shape[0], q.shape[1], head_dim_v});
+  }
+  check::contiguous_rows("out", out);
+  check::writable("out", out);
+  problem.out = rows_of(out);
+  if (!lse.given()) return;
+
+  check::given("lse", lse);
+  if (oracle) {
+    check::dtype("lse", lse, {DType::kFloat32, DType::kFloat64});
+  } else {
+    check::dtype("lse", lse, {DType::kFloat32});
+  }
+  check::device("lse", lse, q.device, "q");
+  if (q.rank == 4) {
+    check::shape("lse", lse, {q.shape[0], q.shape[2], q.shape[1]});
+  } else {
+    check::shape("lse", lse, {q.shape[1], q.shape[0]});
+  }
+  check::contiguous_rows("lse", lse);
+  check::writable("lse", lse);
+  problem.lse = lse.data;
+  problem.lse_dtype = lse.dtype;
+  problem.lse_page_stride = q.rank == 4 ? lse.strides[0] : 0;
+  problem.lse_head_stride = lse.strides[lse.rank - 2];
+  problem.lse_slot_stride = lse.strides[lse.rank - 1];
+}
+
+// What AttentionParams and DecodeParams share; problem.q and the numbers of heads are set.
+template <class Params>
+void set_options(const Params& params, Problem& problem) {
+  problem.causal = params.causal;
+  if (params.window) {
+    // Farther than any key is as good as unbounded, and keeps positions from overflowing.
+    constexpr std::int64_t kFar = std::int64_t{1} << 40;
+    if (params.window->left) {
+      check::at_least("window", *params.window->left, 0, "left");
+      problem.window.left = std::min(*params.window->left, kFar);
+    }
+    if (params.window->right) {
+      check::at_least("window", *params.window->right, 0, "right");
+      problem.window.right = std::min(*params.window->right, kFar);
+    }
+  }
+  check::finite("softcap", params.softcap);
+  if (params.softcap < 0.0f) {
+    check::fail(ErrorCode::kValue, "softcap", check::text(params.softcap, "; allowed are 0 (none) and above"));
+  }
+  problem.softcap = params.softcap;
+  problem.scale = params.scale.value_or(1.0f / std::sqrt(static_cast<float>(problem.q.dim)));
+  check::finite("scale", problem.scale);
+  check::at_least("schedule", params.schedule.split_size, 0, "split_size");
+  if (const TensorView& sinks = params.sinks; sinks.given()) {
+    check::given("sinks", sinks);
+    check::dtype("sinks", sinks, {DType::kFloat32});
+    check::device("sinks", sinks, problem.device, "q");
+    check::shape("sinks", sinks, {problem.num_q_heads});
+    check::contiguous_rows("sinks", sinks);
+    problem.sinks = sinks.as<const float>();
+    for (std::int64_t h = 0; on_cpu(problem) && h < problem.num_q_heads; ++h) {
+      if (!(problem.sinks[h] < std::numeric_limits<float>::infinity())) {
+        check::fail(ErrorCode::kValue, "sinks",
+                    check::text(problem.sinks[h], " for head ", h, "; allowed are finite numbers and -inf"));
+      }
+    }
+  }
+  problem.selection = &params.selection;
+  problem.schedule = params.schedule;
+  problem.stream = params.stream;
+}
+
+// mask [nQ, nK], [H, nQ, nK] or [B, H, nQ, nK].
+void check_block_mask(const select::BlockMask& selection, const Problem& problem) {
+  const TensorView& mask = selection.mask;
+  check::given("mask", mask);
+  check::rank("mask", mask, {2, 3, 4});
+  check::dtype("mask", mask, {DType::kBool});
+  check::device("mask", mask, problem.device, "q");
+  check::at_least("block", selection.block_q, 1, "the number of queries");
+  check::at_least("block", selection.block_k, 1, "the number of keys");
+  std::int64_t q_len = 0, kv_len = 0;
+  for (const Request& request : problem.requests) {
+    q_len = std::max(q_len, request.q_len);
+    kv_len = std::max(kv_len, request.kv_len);
+  }
+  const int row_axis = mask.rank - 2;
+  check::axis("mask", mask, row_axis, "query blocks", ceil_div(q_len, selection.block_q),
+              check::text("for ", q_len, " queries in blocks of ", selection.block_q));
+  check::axis("mask", mask, row_axis + 1, "key blocks", ceil_div(kv_len, selection.block_k),
+              check::text("for ", kv_len, " keys in blocks of ", selection.block_k));
+  if (mask.rank >= 3) {
+    const std::int64_t heads = mask.shape[row_axis - 1];
+    if (heads != 1 && heads != problem.num_kv_heads && heads != problem.num_q_heads) {
+      check::fail(ErrorCode::kShape, "mask",
+                  check::text("axis ", row_axis - 1, " (heads) is ", heads, "; allowed are 1, ", problem.num_kv_heads,
+                              " (KV heads) and ", problem.num_q_heads, " (query heads)"));
+    }
+  }
+  const auto batch = static_cast<std::int64_t>(problem.requests.size());
+  if (mask.rank == 4 && mask.shape[0] != 1) check::axis("mask", mask, 0, "batch", batch, "the requests (or 1)");
+}
+
+// One list: ascending in [0, kv_len), -1 only at its end.
+void check_token_list(const std::int32_t* list, std::int64_t capacity, const std::int32_t* length, std::int64_t kv_len,
+                      const std::string& place) {
+  if (length != nullptr && (*length < 0 || *length > capacity)) {
+    check::fail(ErrorCode::kValue, "lengths",
+                check::text(*length, " for ", place, "; allowed are 0 to ", capacity, ", the last axis of indices"));
+  }
+  std::int64_t n = length != nullptr ? *length : capacity;
+  if (length == nullptr) {
+    while (n > 0 && list[n - 1] == -1) --n;
+  }
+  std::int64_t previous = -1;
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (list[i] < 0 || list[i] >= kv_len) {
+      check::fail(ErrorCode::kValue, "indices",
+                  check::text("token ", list[i], " at ", i, " of ", place, "; allowed are 0 to ", kv_len - 1,
+                              list[i] == -1 ? " (-1 pads only at the end)" : ""));
+    }
+    if (list[i] <= previous) {
+      check::fail(ErrorCode::kValue, "indices",
+                  check::text("token ", list[i], " at ", i, " of ", place, " follows ", previous,
+                              "; allowed are ascending lists without repeats"));
+    }
+    previous = list[i];
+  }
+}
+
+// indices [B, Hkv, n], [B, Sq, Hkv, n], or [total_q, Hkv, n] in a packed batch.
+void check_tokens(const select::Tokens& selection, const Problem& problem, std::int64_t num_tokens) {
+  const TensorView& indices = selection.indices;
+  const TensorView& lengths = selection.lengths;
+  check::index_array("indices", indices, problem.device, "q");
+  check::rank("indices", indices, problem.packed ? std::initializer_list<int>{3} : std::initializer_list<int>{3, 4});
+  const auto batch = static_cast<std::int64_t>(problem.requests.size());
+  const bool per_query = indices.rank == 4 || (problem.packed && indices.shape[0] != batch);
+  const int head_axis = indices.rank - 2;
+  if (indices.rank == 4) {
+    check::axis("indices", indices, 0, "batch", batch, "the requests");
+    check::axis("indices", indices, 1, "queries", num_tokens, "the queries of a request");
+  } else if (per_query) {
+    check::axis("indices", indices, 0, "queries", num_tokens,
+                check::text("all queries (or ", batch, ", the requests)"));
+  } else {
+    check::axis("indices", indices, 0, "batch", batch, "the requests");
+  }
+  check::axis("indices", indices, head_axis, "heads", problem.num_kv_heads, "the KV heads");
+  const std::int64_t capacity = indices.shape[head_axis + 1];
+  if (lengths.given()) {
+    check::given("lengths", lengths);
+    check::dtype("lengths", lengths, {DType::kInt32});
+    check::device("lengths", lengths, problem.device, "q");
+    if (indices.rank == 4) {
+      check::shape("lengths", lengths, {indices.shape[0], indices.shape[1], indices.shape[2]});
+    } else {
+      check::shape("lengths", lengths, {indices.shape[0], indices.shape[1]});
+    }
+  }
+  if (!on_cpu(problem)) return;
+  for (std::int64_t b = 0; b < batch; ++b) {
+    const Request& request = problem.requests[b];
+    const std::int64_t lists = per_query ? request.q_len : 1;
+    for (std::int64_t i = 0; i < lists; ++i) {
+      for (std::int64_t h = 0; h < problem.num_kv_heads; ++h) {
+        const auto offset = [&](const TensorView& t) {
+          if (indices.rank == 4) return b * t.strides[0] + i * t.strides[1] + h * t.strides[2];
+          return (per_query ? request.q_first + i : b) * t.strides[0] + h * t.strides[1];
+        };
+        const std::int32_t* length = lengths.given() ? lengths.as<const std::int32_t>() + offset(lengths) : nullptr;
+        check_token_list(indices.as<const std::int32_t>() + offset(indices), capacity, length, request.kv_len,
+                         per_query ? check::text("request ", b, ", query ", i, ", KV head ", h)
+                                   : check::text("request ", b, ", KV head ", h));
+      }
+    }
+  }
+}
+
+// The requests are known. num_tokens: Sq, or all queries of a packed batch. Windows and strides were checked when the
+// selection was made.
+void check_selection(const Problem& problem, std::int64_t num_tokens) {
+  if (const auto* mask = std::get_if<select::BlockMask>(&problem.selection->kind())) check_block_mask(*mask, problem);
+  if (const auto* tokens = std::get_if<select::Tokens>(&problem.selection->kind())) {
+    check_tokens(*tokens, problem, num_tokens);
+  }
+}
+
+}  // namespace
+
+void attention(const AttentionParams& params) {
+  const TensorView &q = params.q, &k = params.k, &v = params.v;
+  Problem problem;
+  problem.packed = params.cu_seqlens_q.given() || params.cu_seqlens_k.given();
+  const int rank = problem.packed ? 3 : 4, heads = rank - 2, dim = rank - 1;
+
+  check_data("q", q, rank, kFloatsAndInt8, q.device, "q");
+  check_data("k", k, rank, kElements, q.device, "q");
+  check_data("v", v, rank, kElements, q.device, "q");
+  problem.device = q.device;
+  if (q.dtype == DType::kInt8) check::dtype("k", k, {DType::kInt8});
+  if (!is_quantized(q.dtype) && !is_quantized(k.dtype)) check::dtype("k", k, {q.dtype});
+  for (const DType other : {q.dtype, k.dtype}) {
+    if (!is_quantized(other) && !is_quantized(v.dtype)) check::dtype("v", v, {other});
+  }
+  check::axis_not_empty("q", q, heads, "heads");
+  check::axis_not_empty("k", k, heads, "heads");
+  check::axis_not_empty("q", q, dim, "head_dim");
+  check::axis_not_empty("v", v, dim, "head_dim_v");
+  check::axis("k", k, dim, "head_dim", q.shape[dim], "as in q");
+  if (!problem.packed) check::axis("k", k, 0, "batch", q.shape[0], "as in q");
+  if (!problem.packed) check::axis("v", v, 0, "batch", q.shape[0], "as in q");
+  check::axis("v", v, rank - 3, "keys", k.shape[rank - 3], "as in k");
+  check::axis("v", v, heads, "heads", k.shape[heads], "as in k");
+  check_heads(q.shape[heads], k.shape[heads]);
+  problem.num_q_heads = q.shape[heads];
+  problem.num_kv_heads = k.shape[heads];
+
+  problem.q = rows_of(q);
+  problem.k = rows_of(k);
+  problem.v = rows_of(v);
+  set_scales("q", "q_scales", q, params.q_scales, problem.q);
+  set_scales("k", "k_scales", k, params.k_scales, problem.k);
+  set_scales("v", "v_scales", v, params.v_scales, problem.v);
+  set_outputs(q, v.shape[dim], params.out, params.lse, params.backend, problem);
+  set_options(params, problem);
+
+  if (problem.packed) {
+    const TensorView &cu_q = params.cu_seqlens_q, &cu_k = params.cu_seqlens_k;
+    for (const auto& [name, view] : {std::pair("cu_seqlens_q", &cu_q), std::pair("cu_seqlens_k", &cu_k)}) {
+      check::index_array(name, *view, q.device, "q");
+      check::rank(name, *view, 1);
+      check::axis_not_empty(name, *view, 0, "requests + 1");
+    }
+    check::axis("cu_seqlens_k", cu_k, 0, "requests + 1", cu_q.shape[0], "as in cu_seqlens_q");
+    if (on_cpu(problem)) {
+      check::cu_seqlens("cu_seqlens_q", cu_q, q.shape[0], "q");
+      check::cu_seqlens("cu_seqlens_k", cu_k, k.shape[0], "k");
+      const auto *q_at = cu_q.as<const std::int32_t>(), *k_at = cu_k.as<const std::int32_t>();
+      for (std::int64_t b = 0; b + 1 < cu_q.shape[0]; ++b) {
+        problem.requests.push_back(
+            {.q_len = q_at[b + 1] - q_at[b], .kv_len = k_at[b + 1] - k_at[b], .q_first = q_at[b], .k_first = k_at[b]});
+      }
+    }
+  } else {
+    for (std::int64_t b = 0; b < q.shape[0]; ++b) {
+      problem.requests.push_back({.q_len = q.shape[1], .kv_len = k.shape[1], .q_page = b, .k_page = b});
+    }
+  }
+  check_selection(problem, problem.packed ? q.shape[0] : q.shape[1]);
+  run(find_row(Operation::kAttention, params.backend, features_of(problem)), problem);
+}
+
+void decode(const DecodeParams& params) {
+  const TensorView &q = params.q, &table = params.block_table, &seq_lens = params.seq_lens;
+  if (params.cache == nullptr) check::fail(ErrorCode::kValue, "cache", "not given; a KVCache is needed");
+  KVCache& cache = *params.cache;
+  const CacheConfig& config = cache.config();
+  Problem problem;
+
+  check_data("q", q, 4, kFloats, config.device, "cache");
+  problem.device = q.device;
+  check::axis_not_empty("q", q, 2, "heads");
+  check::axis("q", q, 3, "head_dim", config.head_dim, "as in cache");
+  check_heads(q.shape[2], config.num_kv_heads);
+  problem.num_q_heads = q.shape[2];
+  problem.num_kv_heads = config.num_kv_heads;
+  problem.page_size = config.page_size;
+
+  // A cache keeps the tokens of a page head by head: [num_pages, Hkv, page_size, D].
+  const auto paged_rows = [](const TensorView& x) {
+    Rows rows = rows_of(x);
+    std::swap(rows.head_stride, rows.slot_stride);
+    return rows;
+  };
+  problem.q = rows_of(q);
+  problem.k = paged_rows(cache.k());
+  problem.v = paged_rows(cache.v());
+  if (const TensorView scale = cache.k_scale(); scale.given()) {
+    problem.k.scale = scale.as<const float>();
+    if (config.format == CacheFormat::kInt8A) {
+      problem.k.partition = config.partition;
+      problem.k.scale_page_stride = scale.strides[0];
+      problem.k.scale_head_stride = scale.strides[1];
+      problem.k.scale_group_stride = scale.strides[2];
+    }
+  }
+  problem.v.scale = cache.v_scale().as<const float>();
+  set_outputs(q, problem.v.dim, params.out, params.lse, params.backend, problem);
+  set_options(params, problem);
+
+  check::index_array("block_table", table, q.device, "q");
+  check::rank("block_table", table, 2);
+  check::axis("block_table", table, 0, "batch", q.shape[0], "as in q");
+  check::index_array("seq_lens", seq_lens, q.device, "q");
+  check::shape("seq_lens", seq_lens, {q.shape[0]});
+  for (std::int64_t b = 0; on_cpu(problem) && b < q.shape[0]; ++b) {
+    const std::int64_t tokens = seq_lens.as<const std::int32_t>()[b];
+    const std::int64_t capacity = table.shape[1] * config.page_size;
+    if (tokens < 0 || tokens > capacity) {
+      check::fail(tokens < 0 ? ErrorCode::kValue : ErrorCode::kCapacity, "seq_lens",
+                  check::text(tokens, " for request ", b, "; allowed are 0 to ", capacity, ", the tokens of ",
+                              table.shape[1], " pages of block_table"));
+    }
+    check::block_table(table, b, tokens, config.page_size, config.num_pages);
+    problem.requests.push_back({.q_len = q.shape[1],
+                                .kv_len = tokens,
+                                .q_page = b,
+                                .pages = table.as<const std::int32_t>() + b * table.strides[0]});
+  }
+  check_selection(problem, q.shape[1]);
+
+  problem.quantize_q = config.format == CacheFormat::kInt8Baseline || config.format == CacheFormat::kInt8A ||
+                       config.format == CacheFormat::kInt8B;
+  const Row& row = find_row(Operation::kDecode, params.backend, features_of(problem));
+  if (config.format == CacheFormat::kInt8Baseline && q.numel() > 0) {
+    if (!cache.q_calibrated()) cache.calibrate_q(q);
+    problem.q_static_scale = *cache.q_scale().as<const float>();
+  }
+  run(row, problem);
+}
+
+}  // namespace heddle
