@@ -16,7 +16,6 @@ inline constexpr int kMergePartsPerGroup = 2 * kMergeUnroll;
 inline constexpr int kMergeMaxLanes = 32;
 // Parts, columns and blocks are counted in 32 bits, with room to step beyond the last.
 inline constexpr std::int64_t kMergeMaxCount = std::int64_t{1} << 30;
-<< 30;  // parts are counted in 32 bits, with room to step beyond
 
 // A row is taken by `groups` groups of `lanes` threads: a lane owns every lanes-th vector of the row, a group every
 // groups-th part. All powers of two; a row's lanes lie in one warp.

@@ -66,19 +66,21 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocksPerSm)
     const bool inside = first + lane < row_vectors;
     float sum[N] = {};
     for (int p = group; p < num_parts; p += kMergeUnroll * shape.groups) {
+      // Steps beyond the last part repeat it with no weight: without branches, all loads of a step are in flight
+      // together.
+      int part[kMergeUnroll];
       float weight[kMergeUnroll];
 #pragma unroll
       for (int u = 0; u < kMergeUnroll; ++u) {
-        const int part = min(p + u * shape.groups, num_parts - 1);  // no branch: the loads go out together
-        weight[u] = lses[part * args.lses_stride.part];
+        part[u] = min(p + u * shape.groups, num_parts - 1);
+        const float lse = lses[part[u] * args.lses_stride.part];
+        weight[u] = expf((p + u * shape.groups < num_parts ? lse : -INFINITY) - reference);
       }
       Vec<T, N> x[kMergeUnroll];
 #pragma unroll
       for (int u = 0; u < kMergeUnroll; ++u) {
-        const int part = p + u * shape.groups;
-        weight[u] = part < num_parts ? expf(weight[u] - reference) : 0.0f;
         // A part without weight is not read: what it holds may be anything, and 0 times NaN is NaN.
-        x[u] = inside && weight[u] != 0.0f ? Vec<T, N>::load_streaming(outs + part * args.outs_stride.part + column)
+        x[u] = inside && weight[u] != 0.0f ? Vec<T, N>::load_streaming(outs + part[u] * args.outs_stride.part + column)
                                            : Vec<T, N>::zero();
       }
 #pragma unroll
