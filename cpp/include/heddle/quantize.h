@@ -14,9 +14,9 @@ namespace heddle {
 // every n consecutive tokens of one head. mean: optional float32 [..., H, D] (K smoothing): what was subtracted
 // before quantizing. Attention puts it back as scale * q.mean on the scores, so out and lse are those of x.
 struct QuantScales {
-  TensorView scale;
+  TensorView scale{};
   std::int64_t partition = 0;
-  TensorView mean;
+  TensorView mean{};
 };
 
 // x: float [B, S, H, D] or [total, H, D]; data: int8 or fp8, the shape of x; scales as above, allocated by the caller.
