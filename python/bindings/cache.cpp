@@ -1,0 +1,216 @@
+// The paged KV cache and decode.
+#include "cache.h"
+
+#include <array>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "arguments.h"
+#include "module.h"
+#include "tensor.h"
+
+#include "core/check.h"
+#include "heddle/decode.h"
+#include "heddle/error.h"
+
+namespace heddle::python {
+namespace {
+
+std::unique_ptr<SharedCache> make_cache(py::object num_pages, py::object page_size, py::object num_kv_heads,
+                                        py::object head_dim, py::object head_dim_v, py::object format,
+                                        py::object device, py::object partition) {
+  CacheConfig config;
+  config.num_pages = to_int(num_pages, "num_pages");
+  config.page_size = to_int(page_size, "page_size");
+  config.num_kv_heads = to_int(num_kv_heads, "num_kv_heads");
+  config.head_dim = to_int(head_dim, "head_dim");
+  if (!head_dim_v.is_none()) {
+    config.head_dim_v = to_int(head_dim_v, "head_dim_v");
+    check::at_least("head_dim_v", config.head_dim_v, 1);
+  }
+  config.format = cache_format_from_string(to_string_view(format, "format"));
+  config.device = to_device(device);
+  config.partition = to_int(partition, "partition");
+  return std::make_unique<SharedCache>(config);
+}
+
+py::object append(SharedCache& self, py::object k_, py::object v_, py::object block_table_, py::object start_,
+                  py::object cu_seqlens_) {
+  const Array k = array(k_, "k"), v = array(v_, "v");
+  require_same_kind(v, "v", k, "k");
+  const Array block_table = array(block_table_, "block_table"), start = array(start_, "start");
+  const Array cu_seqlens = optional_array(cu_seqlens_, "cu_seqlens");
+  check::rank("block_table", block_table.view, 2);
+  const std::array<std::int64_t, 1> shape{block_table.view.shape[0]};
+  const Array seq_lens = empty(shape, DType::kInt32, k);
+  {
+    const py::gil_scoped_release release;
+    const std::unique_lock lock(self.mutex);
+    self.cache.append(k.view, v.view, block_table.view, start.view, seq_lens.view, cu_seqlens.view);
+  }
+  return seq_lens.object;
+}
+
+void calibrate(SharedCache& self, py::object k_, py::object v_, py::object q_) {
+  const Array k = array(k_, "k"), v = array(v_, "v"), q = optional_array(q_, "q");
+  const py::gil_scoped_release release;
+  const std::unique_lock lock(self.mutex);
+  self.cache.calibrate(k.view, v.view, q.view);
+}
+
+py::object decode(py::object q_, py::object cache_, py::object block_table_, py::object seq_lens_, py::object causal,
+                  py::object window, py::object softcap, py::object scale, py::object sinks_, py::object selection,
+                  py::object return_lse, py::object out_, py::object backend, py::object schedule) {
+  if (!py::isinstance<SharedCache>(cache_)) {
+    check::fail(ErrorCode::kDType, "cache", check::text("got ", describe(cache_), "; allowed is heddle.KVCache"));
+  }
+  auto& shared = cache_.cast<SharedCache&>();
+  const CacheConfig& config = shared.cache.config();
+  const Array q = array(q_, "q");
+  const Array block_table = array(block_table_, "block_table"), seq_lens = array(seq_lens_, "seq_lens");
+  const Array sinks = optional_array(sinks_, "sinks");
+  Array out = output_array(out_, "out");
+  require_same_kind(out, "out", q, "q");
+  check::rank("q", q.view, 4);
+  const auto& shape = q.view.shape;
+  if (!out.given()) {
+    out = empty(std::array{shape[0], shape[1], shape[2], config.head_dim_v}, q.view.dtype, q);
+  }
+  Array lse;
+  if (to_bool(return_lse, "return_lse")) {
+    lse = empty(std::array{shape[0], shape[2], shape[1]}, DType::kFloat32, q);
+  }
+  const DecodeParams params{.q = q.view,
+                            .cache = &shared.cache,
+                            .block_table = block_table.view,
+                            .seq_lens = seq_lens.view,
+                            .out = out.view,
+                            .lse = lse.view,
+                            .causal = to_bool(causal, "causal"),
+                            .window = to_window(window),
+                            .softcap = to_float(softcap, "softcap"),
+                            .scale = to_optional_float(scale, "scale"),
+                            .sinks = sinks.view,
+                            .selection = to_selection(selection),
+                            .backend = to_backend(backend),
+                            .schedule = to_schedule(schedule),
+                            .stream = current_stream(q)};
+
+  {
+    const py::gil_scoped_release release;
+    std::shared_lock reading(shared.mutex);
+    if (config.format == CacheFormat::kInt8Baseline && !shared.cache.q_calibrated()) {
+      reading.unlock();  // the first decode writes the scale of Q
+      const std::unique_lock writing(shared.mutex);
+      heddle::decode(params);
+    } else {
+      heddle::decode(params);
+    }
+  }
+  return lse.given() ? py::object(py::make_tuple(out.object, lse.object)) : out.object;
+}
+
+// A view of the storage as a numpy array, or None where the format has no such part.
+template <TensorView (KVCache::*Part)() const noexcept>
+py::object storage(const py::object& self) {
+  const TensorView view = (self.cast<const SharedCache&>().cache.*Part)();
+  return view.given() ? py::object(numpy_view(view, self)) : py::none();
+}
+
+// A number that appends may be changing.
+template <auto Number>
+auto current(SharedCache& self) {
+  const py::gil_scoped_release release;
+  const std::shared_lock lock(self.mutex);
+  return (self.cache.*Number)();
+}
+
+template <std::int64_t CacheConfig::* Member>
+std::int64_t config_number(const SharedCache& self) {
+  return self.cache.config().*Member;
+}
+
+std::string format_of(const SharedCache& self) { return std::string(to_string(self.cache.config().format)); }
+
+std::string repr(const SharedCache& self) {
+  const CacheConfig& c = self.cache.config();
+  return check::text("KVCache(num_pages=", c.num_pages, ", page_size=", c.page_size, ", num_kv_heads=", c.num_kv_heads,
+                     ", head_dim=", c.head_dim,
+                     c.head_dim_v != c.head_dim ? check::text(", head_dim_v=", c.head_dim_v) : "", ", format='",
+                     to_string(c.format), "'", c.partition > 1 ? check::text(", partition=", c.partition) : "",
+                     ", device='", heddle::to_string(c.device), "')");
+}
+
+}  // namespace
+
+void bind_cache(py::module_& m) {
+  py::class_<SharedCache>(m, "KVCache", R"(A paged cache of keys and values.
+
+    KVCache(num_pages, page_size, num_kv_heads, head_dim, *, head_dim_v=None, format="bf16", device="cpu", partition=1)
+
+Pages of page_size tokens; token t of request b lies in page block_table[b, t // page_size], slot t % page_size. Requests
+may share pages. format is one of
+
+    fp32, bf16, fp16   K and V as named, q as given
+    int8-baseline      K, V and q int8, one static scale each
+    int8-a             K int8 with a scale for every `partition` tokens of a head, V int8 per tensor, q int8 per token
+    int8-b             K and V int8 per tensor, q int8 per token
+    fp8                K and V FP8 E4M3 per tensor, q as given
+
+head_dim_v is the size of a value, head_dim unless given. `partition` must divide page_size. Calls from several threads
+are safe: appends run alone, decodes side by side.)")
+      .def(py::init(&make_cache), py::arg("num_pages"), py::arg("page_size"), py::arg("num_kv_heads"),
+           py::arg("head_dim"), py::kw_only(), py::arg("head_dim_v") = py::none(), py::arg("format") = "bf16",
+           py::arg("device") = "cpu", py::arg("partition") = 1)
+      .def("append", &append, py::arg("k"), py::arg("v"), py::arg("block_table"), py::arg("start"), py::kw_only(),
+           py::arg("cu_seqlens") = py::none(), R"(append(k, v, block_table, start, *, cu_seqlens=None) -> seq_lens
+
+Writes request b's new tokens at positions start[b], start[b] + 1, ...
+
+k [B, S, Hkv, D] and v [B, S, Hkv, Dv], or packed [total, Hkv, D] with cu_seqlens int32 [B + 1]; float32, float16 or bfloat16.
+block_table int32 [B, max_pages], start int32 [B]. Returns seq_lens, int32 [B]: start[b] plus the new tokens, an array of the kind
+of k. The first append calibrates the static scales of a quantized format, unless calibrate() did. A partition of
+"int8-a" that is still open is quantized again when a token raises its maximum.
+
+All or nothing: on HeddleValueError (a table that is too small or names pages outside the cache, NaN for a quantized
+format, wrong shapes) and HeddleTypeError (dtypes) the cache is as it was.)")
+      .def("calibrate", &calibrate, py::arg("k"), py::arg("v"), py::arg("q") = py::none(), R"(calibrate(k, v, q=None)
+
+Sets the static scales from sample data, max|x| / 127 (448 for fp8): k, v and q float [B, S, H, D] or [total, H, D].
+Values beyond a scale saturate and are counted. HeddleValueError once the cache holds tokens.)")
+      .def_property_readonly("k", &storage<&KVCache::k>,
+                             "The keys, [num_pages, Hkv, page_size, D]: a numpy array that shares the cache's memory.")
+      .def_property_readonly(
+          "v", &storage<&KVCache::v>,
+          "The values, [num_pages, Hkv, page_size, Dv]: a numpy array that shares the cache's memory.")
+      .def_property_readonly("k_scale", &storage<&KVCache::k_scale>,
+                             "Scales of K: float32 [num_pages, Hkv, page_size / partition] for int8-a, [1] for the "
+                             "other quantized formats, None for the rest. Shares the cache's memory.")
+      .def_property_readonly("v_scale", &storage<&KVCache::v_scale>,
+                             "The scale of V, float32 [1], or None. Shares the cache's memory.")
+      .def_property_readonly("q_scale", &storage<&KVCache::q_scale>,
+                             "The scale of q, float32 [1], for int8-baseline, else None. Shares the cache's memory.")
+      .def_property_readonly("value_norms", &storage<&KVCache::value_norms>,
+                             "The 2-norm of every value before quantization, float32 [num_pages, Hkv, page_size]. "
+                             "Shares the cache's memory.")
+      .def_property_readonly("saturated", &current<&KVCache::saturated>, "How many values a static scale has clamped.")
+      .def_property_readonly("kv_calibrated", &current<&KVCache::kv_calibrated>, "Whether K and V have their scales.")
+      .def_property_readonly("q_calibrated", &current<&KVCache::q_calibrated>, "Whether q has its static scale.")
+      .def_property_readonly("bytes_per_token", &current<&KVCache::bytes_per_token>,
+                             "Bytes of K, V, their scales and the value norms that a token takes, all heads.")
+      .def_property_readonly("nbytes", &current<&KVCache::nbytes>, "Bytes of the whole cache.")
+      .def_property_readonly("num_pages", &config_number<&CacheConfig::num_pages>)
+      .def_property_readonly("page_size", &config_number<&CacheConfig::page_size>, "Tokens of a page.")
+      .def_property_readonly("num_kv_heads", &config_number<&CacheConfig::num_kv_heads>)
+      .def_property_readonly("head_dim", &config_number<&CacheConfig::head_dim>)
+      .def_property_readonly("head_dim_v", &config_number<&CacheConfig::head_dim_v>)
+      .def_property_readonly("partition", &config_number<&CacheConfig::partition>)
+      .def_property_readonly("format", &format_of)
+      .def_property_readonly("device",
+                             [](const SharedCache& self) { return heddle::to_string(self.cache.config().device); })
+      .def("__repr__", &repr);
+  m.def("decode", &decode);
+}
+
+}  // namespace heddle::python

@@ -1,0 +1,88 @@
+// Selections. Their arrays are read where they lie and kept alive by the selection.
+#include "heddle/select.h"
+
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <variant>
+
+#include "arguments.h"
+#include "module.h"
+#include "tensor.h"
+
+#include "core/check.h"
+#include "heddle/error.h"
+
+namespace heddle::python {
+namespace {
+
+std::string bound(std::optional<std::int64_t> side) { return side ? std::to_string(*side) : "None"; }
+
+std::string describe_selection(const Selection& selection) {
+  return std::visit(
+      [](const auto& kind) -> std::string {
+        using K = std::decay_t<decltype(kind)>;
+        if constexpr (std::is_same_v<K, select::WindowGlobal>) {
+          return check::text("Selection.window(left=", bound(kind.window.left), ", right=", bound(kind.window.right),
+                             ", n_global=", kind.n_global, ")");
+        } else if constexpr (std::is_same_v<K, select::Strided>) {
+          return check::text("Selection.strided(width=", kind.width, ", stride=", kind.stride, ")");
+        } else if constexpr (std::is_same_v<K, select::BlockMask>) {
+          return check::text("Selection.block_mask(mask=", kind.mask.shape_string(), ", block=(", kind.block_q, ", ",
+                             kind.block_k, "))");
+        } else if constexpr (std::is_same_v<K, select::Tokens>) {
+          return check::text("Selection.tokens(indices=", kind.indices.shape_string(),
+                             ", lengths=", kind.lengths.given() ? kind.lengths.shape_string() : "None", ")");
+        } else {
+          return "Selection()";
+        }
+      },
+      selection.kind());
+}
+
+Selection block_mask(py::object mask, py::object block) {
+  const Array array_of_mask = array(mask, "mask");
+  std::int64_t sides[2];
+  if (py::isinstance<py::tuple>(block) || py::isinstance<py::list>(block)) {
+    const auto pair = py::reinterpret_borrow<py::sequence>(block);
+    if (pair.size() != 2) {
+      check::fail(ErrorCode::kValue, "block", check::text("got ", pair.size(), " numbers; allowed is (queries, keys)"));
+    }
+    sides[0] = to_int(pair[0], "block");
+    sides[1] = to_int(pair[1], "block");
+  } else {
+    sides[0] = sides[1] = to_int(block, "block");
+  }
+  return Selection::block_mask(array_of_mask.view, sides[0], sides[1],
+                               keep_alive(py::make_tuple(array_of_mask.object, array_of_mask.capsule)));
+}
+
+Selection tokens(py::object indices, py::object lengths) {
+  const Array array_of_indices = array(indices, "indices");
+  const Array array_of_lengths = optional_array(lengths, "lengths");
+  return Selection::tokens(array_of_indices.view, array_of_lengths.view,
+                           keep_alive(py::make_tuple(array_of_indices.object, array_of_indices.capsule,
+                                                     array_of_lengths.object, array_of_lengths.capsule)));
+}
+
+}  // namespace
+
+void bind_select(py::module_& m) {
+  py::class_<Selection>(m, "Selection", R"(Which keys a query reads, beyond what causal and window say.
+
+Made by the functions of heddle.select; the argument `selection` of heddle.attention and heddle.decode. Its arrays are
+read where they lie at every call, and kept alive.)")
+      .def("__repr__", &describe_selection);
+  m.def("select_window", [](py::object left, py::object right, py::object n_global) {
+    return Selection::window(to_optional_int(left, "left"), to_optional_int(right, "right"),
+                             to_int(n_global, "n_global"));
+  });
+  m.def("select_strided", [](py::object width, py::object stride) {
+    return Selection::strided(to_int(width, "width"), to_int(stride, "stride"));
+  });
+  m.def("select_block_mask", &block_mask);
+  m.def("select_tokens", &tokens);
+}
+
+}  // namespace heddle::python
