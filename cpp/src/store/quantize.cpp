@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/threads.h"
 #include "host/quantize_kernels.h"
 #include "store/rows.h"
 
@@ -90,7 +91,7 @@ std::vector<float> mean_over_tokens(const TokenRows& x) {
   const auto& kernels = host::quantize_kernels();
   const std::int64_t width = x.heads * x.dim, chunks = (x.tokens + kChunk - 1) / kChunk;
   std::vector<double> sums(static_cast<std::size_t>(x.batch * chunks * width));
-  store::for_ranges(x.batch * chunks, x.numel(), [&](std::int64_t first, std::int64_t last) {
+  for_ranges(x.batch * chunks, x.numel(), [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t i = first; i < last; ++i) {
       const std::int64_t b = i / chunks, t0 = i % chunks * kChunk;
       for (std::int64_t t = t0; t < std::min(t0 + kChunk, x.tokens); ++t) {
@@ -116,7 +117,7 @@ std::vector<float> mean_over_tokens(const TokenRows& x) {
 // Calls fn(b, p, h) for a thread's share of the (batch element, partition, head) groups.
 template <class Fn>
 void for_groups(const TokenRows& x, std::int64_t partitions, Fn&& fn) {
-  store::for_ranges(x.batch * partitions * x.heads, x.numel(), [&](std::int64_t first, std::int64_t last) {
+  for_ranges(x.batch * partitions * x.heads, x.numel(), [&](std::int64_t first, std::int64_t last) {
     if (first == last) return;
     std::int64_t h = first % x.heads, p = first / x.heads % partitions, b = first / x.heads / partitions;
     for (std::int64_t i = first; i < last; ++i) {

@@ -1,6 +1,12 @@
 #include "store/rows.h"
 
+#include <algorithm>
+#include <string>
+
+#include "core/check.h"
 #include "core/numeric.h"
+#include "core/threads.h"
+#include "host/quantize_kernels.h"
 
 namespace heddle::store {
 

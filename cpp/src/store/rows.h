@@ -2,17 +2,12 @@
 // batch element.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
 
-#include "core/check.h"
-#include "core/threads.h"
-#include "heddle/backend.h"
 #include "heddle/tensor.h"
-#include "host/quantize_kernels.h"
 
 namespace heddle::store {
 
@@ -45,15 +40,6 @@ void check_float_rows(std::string_view argument, const TensorView& x);
 
 // Storage lives on the CPU so far.
 void check_cpu(std::string_view argument, const TensorView& view, std::string_view feature);
-
-// Splits [0, n) into one range a thread and calls fn(first, last); few elements are not worth a second thread.
-template <class Fn>
-void for_ranges(std::int64_t n, std::int64_t elements, Fn&& fn) {
-  constexpr std::int64_t kElementsPerThread = 16 * 1024;
-  const auto threads = static_cast<int>(
-      std::clamp<std::int64_t>(std::min(n, elements / kElementsPerThread), 1, std::max(1, num_threads())));
-  parallel(threads, [&](int id) { fn(n * id / threads, n * (id + 1) / threads); });
-}
 
 inline void raise_to(std::atomic<std::uint32_t>& value, std::uint32_t at_least) {
   std::uint32_t seen = value.load(std::memory_order_relaxed);
