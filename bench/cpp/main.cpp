@@ -1,0 +1,109 @@
+// heddle_bench: host attention, decode and merge as fractions of what this machine was measured to do in the same run.
+//
+//   heddle_bench --benchmark_filter=decode                               some of the cases
+//   heddle_bench --benchmark_out=result.json --benchmark_out_format=json  a record of them
+//   OMP_NUM_THREADS=1 HEDDLE_ISA=avx2 heddle_bench                        fewer threads, older instructions
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string_view>
+#include <variant>
+
+#include "bench.h"
+
+#include "heddle/version.h"
+
+namespace heddle::bench {
+
+Tensor::Tensor(DType dtype, std::initializer_list<std::int64_t> shape) : view_(nullptr, dtype, shape) {
+  bytes_.resize(static_cast<std::size_t>(view_.numel()) * size_of(dtype));
+  view_.data = bytes_.data();
+}
+
+Tensor Tensor::random(DType dtype, std::initializer_list<std::int64_t> shape) {
+  Tensor tensor(dtype, shape);
+  // A period of numbers, repeated: drawing hundreds of millions would take longer than the benchmark.
+  static const std::vector<float> values = [] {
+    std::vector<float> drawn(1048573);  // a prime, so that no row repeats another
+    std::mt19937 random(0);
+    std::normal_distribution<float> normal;
+    for (float& x : drawn) x = normal(random);
+    return drawn;
+  }();
+  const std::int64_t count = tensor.view().numel();
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float x = values[static_cast<std::size_t>(i) % values.size()];
+    if (dtype == DType::kFloat32) {
+      tensor.as<float>()[i] = x;
+    } else {
+      std::uint32_t bits = 0;  // to bfloat16 by truncation
+      std::memcpy(&bits, &x, sizeof bits);
+      tensor.as<std::uint16_t>()[i] = static_cast<std::uint16_t>(bits >> 16);
+    }
+  }
+  return tensor;
+}
+
+double visible_pairs(std::int64_t seq_q, std::int64_t seq_k, bool causal, const Selection& selection) {
+  const auto* window = std::get_if<select::WindowGlobal>(&selection.kind());
+  double pairs = 0.0;
+  for (std::int64_t i = 0; i < seq_q; ++i) {
+    const std::int64_t at = i + seq_k - seq_q;
+    const std::int64_t end = causal ? std::min(seq_k, at + 1) : seq_k;
+    std::int64_t first = 0, globals = 0;
+    if (window != nullptr && window->window.left) {
+      first = std::max<std::int64_t>(0, at - *window->window.left);
+      globals = std::min({window->n_global, first, end});
+    }
+    pairs += static_cast<double>(std::max<std::int64_t>(0, end - first) + globals);
+  }
+  return pairs;
+}
+
+void report(benchmark::State& state, const Work& work) {
+  using benchmark::Counter;
+  const Limits& limit = limits();
+  const double compute = work.qk_flops / limit.flops(work.qk_math) + work.pv_flops / limit.flops(work.pv_math);
+  const double memory = work.bytes / limit.read_bytes_per_second;
+  const double calls = static_cast<double>(state.iterations());
+  state.counters["GFLOP/s"] = Counter((work.qk_flops + work.pv_flops) * 1e-9 * calls, Counter::kIsRate);
+  state.counters["GB/s"] = Counter(work.bytes * 1e-9 * calls, Counter::kIsRate);
+  state.counters["fraction"] = Counter(std::max(compute, memory) * calls, Counter::kIsRate);
+  state.SetLabel(std::string(compute > memory ? "of products" : "of memory") + ", " + last_kernel());
+}
+
+}  // namespace heddle::bench
+
+int main(int argc, char** argv) {
+  using namespace heddle;
+  const auto asks_for = [&](std::string_view flag) {
+    return std::any_of(argv + 1, argv + argc, [&](std::string_view arg) { return arg.substr(0, flag.size()) == flag; });
+  };
+  const bool measures = !asks_for("--help") && !asks_for("--benchmark_list_tests");
+  bench::register_attention();
+  bench::register_decode();
+  bench::register_merge();
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+
+  benchmark::AddCustomContext("heddle", HEDDLE_VERSION_STRING);
+  benchmark::AddCustomContext("host_isa", std::string(host_isa()));
+  benchmark::AddCustomContext("threads", std::to_string(num_threads()));
+  if (measures) {
+    const bench::Limits& limit = bench::limits();
+    const auto add = [](const char* name, double value, const char* unit) {
+      char text[64];
+      std::snprintf(text, sizeof text, "%.1f %s", value * 1e-9, unit);
+      benchmark::AddCustomContext(name, text);
+    };
+    add("limit_read", limit.read_bytes_per_second, "GB/s");
+    add("limit_fp32", limit.fp32_flops, "GFLOP/s");
+    add("limit_bf16", limit.bf16_flops, "GFLOP/s");
+    add("limit_int8", limit.int8_flops, "GOP/s");
+  }
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+  return 0;
+}

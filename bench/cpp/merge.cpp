@@ -1,0 +1,41 @@
+// merge/<dtype>/p<parts>: partial results of 1024 tokens, 32 heads, Dv 128.
+#include <string>
+
+#include "bench.h"
+
+namespace heddle::bench {
+namespace {
+
+constexpr std::int64_t kTokens = 1024, kHeads = 32, kDim = 128;
+
+void merge_parts(benchmark::State& state, DType dtype, std::int64_t parts) {
+  const Tensor outs = Tensor::random(dtype, {parts, 1, kTokens, kHeads, kDim}),
+               lses = Tensor::random(DType::kFloat32, {parts, 1, kHeads, kTokens}),
+               out(dtype, {1, kTokens, kHeads, kDim}), lse(DType::kFloat32, {1, kHeads, kTokens});
+  const MergeParams params{.outs = outs, .lses = lses, .out = out, .lse = lse};
+
+  for (auto _ : state) {
+    merge(params);
+    benchmark::ClobberMemory();
+  }
+
+  const double rows = static_cast<double>(kTokens * kHeads), all = static_cast<double>(parts + 1);
+  report(state, {.pv_flops = 2.0 * static_cast<double>(parts) * rows * kDim,
+                 .bytes = rows * all * (kDim * static_cast<double>(size_of(dtype)) + sizeof(float))});
+}
+
+}  // namespace
+
+void register_merge() {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (const std::int64_t parts : {2, 16}) {
+      const std::string name =
+          "merge/" + std::string(dtype == DType::kFloat32 ? "fp32" : "bf16") + "/p" + std::to_string(parts);
+      benchmark::RegisterBenchmark(name.c_str(), merge_parts, dtype, parts)
+          ->UseRealTime()
+          ->Unit(benchmark::kMillisecond);
+    }
+  }
+}
+
+}  // namespace heddle::bench
