@@ -1,6 +1,8 @@
 // Backends, schedules, threads and instruction sets.
 #include "heddle/backend.h"
 
+#include <algorithm>
+#include <limits>
 #include <string>
 
 #include "arguments.h"
@@ -43,21 +45,44 @@ depend on this and on the request alone, so a fixed size makes a request's bits 
         return check::text("Schedule(kind='", name_of(s.kind), "', split_size=", s.split_size, ")");
       });
 
-  m.def("available_backends", [] {
-    py::list names;
-    for (const Backend backend : available_backends()) names.append(py::str(std::string(to_string(backend))));
-    return names;
-  });
-  m.def("num_threads", &num_threads);
-  m.def("set_num_threads", [](py::object n) {
-    const std::int64_t threads = to_int(n, "n");
-    check::at_least("n", threads, 0);
-    set_num_threads(static_cast<int>(std::min<std::int64_t>(threads, std::numeric_limits<int>::max())));
-  });
-  m.def("host_isa", [] { return std::string(host_isa()); });
-  m.def("set_host_isa", [](py::object name) { set_host_isa(to_string_view(name, "name")); });
-  m.def("available_host_isas", &available_host_isas);
-  m.def("last_kernel", &last_kernel);
+  m.def(
+      "available_backends",
+      [] {
+        py::list names;
+        for (const Backend backend : available_backends()) names.append(py::str(std::string(to_string(backend))));
+        return names;
+      },
+      R"(available_backends() -> list of str
+
+The backends that can run in this process, best first: "sm90" (with a Hopper GPU), "host", "reference".)");
+  m.def("num_threads", &num_threads, R"(num_threads() -> int
+
+Threads of the host backend: those of set_num_threads, else OpenMP's own number (OMP_NUM_THREADS, torch.set_num_threads).)");
+  m.def(
+      "set_num_threads",
+      [](py::object n) {
+        const std::int64_t threads = to_int(n, "n");
+        check::at_least("n", threads, 0);
+        set_num_threads(static_cast<int>(std::min<std::int64_t>(threads, std::numeric_limits<int>::max())));
+      },
+      py::arg("n"), R"(set_num_threads(n)
+
+Sets the threads of the host backend for the whole process; 0 returns to OpenMP's own number.)");
+  m.def("host_isa", [] { return std::string(host_isa()); }, R"(host_isa() -> str
+
+The instruction set that the host backend runs: "amx", "avx512_bf16", "avx512", "avx2" or "portable".)");
+  m.def(
+      "set_host_isa", [](py::object name) { set_host_isa(to_string_view(name, "name")); }, py::arg("name"),
+      R"(set_host_isa(name)
+
+Runs another instruction set from now on, as HEDDLE_ISA in the environment does; "auto" takes the best. HeddleValueError
+for one that this processor or build lacks.)");
+  m.def("available_host_isas", &available_host_isas, R"(available_host_isas() -> list of str
+
+The instruction sets that this processor and build have.)");
+  m.def("last_kernel", &last_kernel, R"(last_kernel() -> str
+
+The kernel that this thread's last call ran, e.g. "host/amx/attention bf16": what backend="auto" chose.)");
   m.attr("compiler") = check::text(
 #ifdef __clang__
       "clang "

@@ -1,7 +1,6 @@
 // Quantization: quantize() and the tensor it returns.
 #include "quantize.h"
 
-#include <cmath>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -54,11 +53,7 @@ QuantizedTensor quantize(py::handle object, py::handle format, py::handle granul
   QuantizedTensor result;
   result.partition = to_partition(granularity);
   const bool subtract_mean = to_bool(smooth, "smooth");
-  const std::optional<float> given_scale = to_optional_float(static_scale, "static_scale");
-  if (given_scale && !(*given_scale > 0.0f && std::isfinite(*given_scale))) {
-    check::fail(ErrorCode::kValue, "static_scale",
-                check::text("got ", *given_scale, "; allowed are finite numbers above 0"));
-  }
+  const float given_scale = to_optional_float(static_scale, "static_scale").value_or(0.0f);
   const Array x = array(object, "x");
   check::rank("x", x.view, {3, 4});
 
@@ -69,7 +64,8 @@ QuantizedTensor quantize(py::handle object, py::handle format, py::handle granul
   std::vector<std::int64_t> scale_shape{1};
   if (result.partition > 0) {
     scale_shape.assign(shape.begin(), shape.begin() + rank - 3);
-    scale_shape.insert(scale_shape.end(), {(tokens + result.partition - 1) / result.partition, heads});
+    scale_shape.insert(scale_shape.end(),
+                       {tokens / result.partition + (tokens % result.partition != 0 ? 1 : 0), heads});
   }
   result.scale = empty(scale_shape, DType::kFloat32, x);
   if (subtract_mean) {
@@ -78,7 +74,7 @@ QuantizedTensor quantize(py::handle object, py::handle format, py::handle granul
     result.mean = empty(mean_shape, DType::kFloat32, x);
   }
   const py::gil_scoped_release release;
-  result.saturated = heddle::quantize(x.view, result.data.view, result.scales(), given_scale.value_or(0.0f));
+  result.saturated = heddle::quantize(x.view, result.data.view, result.scales(), given_scale);
   return result;
 }
 

@@ -1,0 +1,56 @@
+"""heddle: attention for long-context inference.
+
+Exact attention over contiguous, packed and paged keys and values (attention, decode), selections of keys
+(heddle.select), quantized keys and values (quantize, KVCache), and the merge of partial results (merge). Arrays in decide
+the kind of arrays out: numpy arrays, torch tensors, and anything that speaks DLPack, without copies.
+"""
+
+from heddle import select
+from heddle._attention import attention, decode, merge
+from heddle._core import (
+    KVCache,
+    QuantizedTensor,
+    Schedule,
+    Selection,
+    __version__,
+    available_backends,
+    available_host_isas,
+    host_isa,
+    last_kernel,
+    num_threads,
+    set_host_isa,
+    set_num_threads,
+)
+from heddle._errors import (
+    HeddleError,
+    HeddleNotImplementedError,
+    HeddleRuntimeError,
+    HeddleTypeError,
+    HeddleValueError,
+)
+from heddle._quantize import quantize
+
+__all__ = [
+    "HeddleError",
+    "HeddleNotImplementedError",
+    "HeddleRuntimeError",
+    "HeddleTypeError",
+    "HeddleValueError",
+    "KVCache",
+    "QuantizedTensor",
+    "Schedule",
+    "Selection",
+    "__version__",
+    "attention",
+    "available_backends",
+    "available_host_isas",
+    "decode",
+    "host_isa",
+    "last_kernel",
+    "merge",
+    "num_threads",
+    "quantize",
+    "select",
+    "set_host_isa",
+    "set_num_threads",
+]
