@@ -120,10 +120,11 @@ TileKind Visibility::classify(std::int64_t q0, std::int64_t q1, std::int64_t k0,
   return full ? TileKind::kFull : TileKind::kPartial;
 }
 
-void Visibility::tiles(std::int64_t q0, std::int64_t q1, std::int64_t tile, std::vector<Tile>& out) const {
+void Visibility::tiles(std::int64_t q0, std::int64_t q1, std::int64_t k0, std::int64_t k1, std::int64_t tile,
+                       std::vector<Tile>& out) const {
   out.clear();
   if (q0 >= q1) return;
-  const Span hull{std::max<std::int64_t>(allowed(q0).begin, 0), std::min(allowed(q1 - 1).end, kv_len_)};
+  const Span hull{std::max(allowed(q0).begin, k0), std::min(allowed(q1 - 1).end, k1)};
   auto visit = [&](std::int64_t begin, std::int64_t end) {  // keys
     begin = std::max(begin, hull.begin);
     end = std::min(end, hull.end);

@@ -29,8 +29,10 @@ class Visibility {
 
   // Queries [q0, q1) x keys [k0, k1).
   TileKind classify(std::int64_t q0, std::int64_t q1, std::int64_t k0, std::int64_t k1) const;
-  // The tiles of `tile` keys that queries [q0, q1) visit, ascending; the last one may be ragged (then it is masked).
-  void tiles(std::int64_t q0, std::int64_t q1, std::int64_t tile, std::vector<Tile>& out) const;
+  // The tiles of `tile` keys that queries [q0, q1) visit among the keys [k0, k1), ascending; k0 is a multiple of `tile`, and so is
+  // k1 unless it ends the keys. A ragged last tile is masked.
+  void tiles(std::int64_t q0, std::int64_t q1, std::int64_t k0, std::int64_t k1, std::int64_t tile,
+             std::vector<Tile>& out) const;
   // Bit n of the result: `query` sees key k0 + n; keys at and past the request's length are 0.
   std::uint64_t bits64(std::int64_t query, std::int64_t k0) const;
   // The keys [begin, end) that causality and the window argument leave, selections aside.

@@ -1,0 +1,675 @@
+// Attention and decode on the host: tiled online softmax in one pass over the keys, in parallel over row tiles and key splits.
+//
+// Units with several query rows take the tile path: keys and values are packed (see tile_kernels.h), once for all row tiles that
+// read them, and multiplied in registers or matrix tiles. Units with few rows take the stream path: keys and values are read once,
+// where they lie. Limits: the FMA, VDPBF16PS or AMX rate for the first, memory bandwidth for the second.
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "core/kernels.h"
+#include "core/threads.h"
+#include "host/quantize_kernels.h"
+#include "host/stream_kernels.h"
+#include "host/tile_kernels.h"
+#include "host/workspace.h"
+#include "schedule/plan.h"
+#include "select/visibility.h"
+
+namespace heddle::host {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Keys and values packed at a time: bounds the memory of a call whatever its length.
+constexpr std::size_t kPackBudget = std::size_t{64} << 20;
+
+// Element types of the two products, from what q, k and v are and what the processor multiplies natively. bf16 and int8 operands
+// are never rounded on the way; whatever bf16 cannot hold exactly runs as float32.
+struct Formats {
+  Math qk = Math::kFloat32, pv = Math::kFloat32;
+  bool integer_scores = false;  // int8 queries on int8 keys, as stored
+};
+
+Formats choose_formats(const Problem& problem, bool native_words) {
+  Formats f;
+  f.integer_scores = problem.quantize_q || problem.q.dtype == DType::kInt8;
+  if (!native_words) return f;
+  const auto fits_bf16 = [](DType d) {
+    return d == DType::kBFloat16 || d == DType::kInt8 || d == DType::kFloat8E4M3;
+  };
+  const bool values = fits_bf16(problem.v.dtype) && problem.v.partition == 0;
+  if (f.integer_scores) {
+    f.qk = Math::kInt8;
+    if (values) f.pv = Math::kBFloat16;
+  } else if (values && problem.q.dtype == DType::kBFloat16 && fits_bf16(problem.k.dtype)) {
+    f.qk = f.pv = Math::kBFloat16;
+  }
+  return f;
+}
+
+// Keys and values of a KV head of a request, packed: tiles of 64 keys.
+struct PackGroup {
+  std::int32_t unit = 0;  // any of its units
+  std::vector<std::int32_t> units;
+  std::int64_t tiles = 0;
+  std::vector<std::uint8_t> visited, finite;
+  std::byte* keys = nullptr;
+  std::byte* values = nullptr;
+  float* key_scale = nullptr;  // [tiles][64] or null
+};
+
+struct PackedTile {
+  std::byte* keys = nullptr;
+  std::byte* values = nullptr;
+  float* key_scale = nullptr;  // [64] or null
+};
+
+// Partial results of one split of a unit: o [rows][columns], then m and l [rows].
+struct Partials {
+  float* base = nullptr;
+  std::int64_t splits = 0, rows = 0, columns = 0;
+  float* o(std::int64_t split, std::int64_t row) const { return base + (split * rows + row) * (columns + 2); }
+  float* m(std::int64_t split, std::int64_t row) const { return o(split, row) + columns; }
+  float* l(std::int64_t split, std::int64_t row) const { return m(split, row) + 1; }
+};
+
+// What a thread needs for one item of either path.
+struct Scratch {
+  std::byte* queries;          // packed, or as floats / int8 for the stream path
+  float* query_row;            // one row as floats
+  std::int8_t* query_int8;     // [kTileRows][dim]
+  float *factor, *bias, *query_scale, *m, *l;  // [kTileRows]
+  std::int32_t* row_sums;                      // [kTileRows]
+  float* o;                                    // [kTileRows][columns]
+  float* scores;
+  void* probabilities;
+  std::uint64_t* bits;         // [kStepTiles][kTileRows], or [kStreamRows][kStepTiles]
+  std::byte* keys;             // kStepTiles packed tiles
+  std::byte* values;
+  float *key_scale, *value_scale;  // [kStepTiles][64]
+  const std::byte** key_rows;      // [kStreamKeys]
+  const std::byte** value_rows;
+};
+
+class Attention {
+ public:
+  explicit Attention(const Problem& problem)
+      : p_(problem),
+        tile_(tile_kernels()),
+        stream_(stream_kernels()),
+        quantize_(quantize_kernels()),
+        formats_(choose_formats(problem, tile_.native_words)),
+        plan_(make_plan(problem, kTileRows)),
+        columns_(padded_columns(problem.v.dim)),
+        words_(query_words(problem.q.dim, formats_.qk)),
+        key_bytes_(key_tile_bytes(problem.q.dim, formats_.qk)),
+        value_bytes_(value_tile_bytes(problem.v.dim, formats_.pv)),
+        factor_(std::fabs(problem.scale) * kLog2e) {
+    if (p_.k.scale != nullptr && p_.k.partition == 0) factor_ *= p_.k.scale[0];
+    if (p_.v.scale != nullptr && p_.v.partition == 0) value_factor_ = p_.v.scale[0];
+  }
+
+  void run();
+
+ private:
+  bool streams(const Unit& unit) const { return unit.rows() <= kStreamRows; }
+  std::vector<PackGroup> make_groups() const;
+  void run_chunk(std::vector<PackGroup>& groups, const std::vector<std::int32_t>& units);
+  PackedTile packed_tile(const PackGroup& group, std::int64_t tile) const {
+    const auto t = static_cast<std::size_t>(tile);
+    return {group.keys + t * key_bytes_, group.values + t * value_bytes_,
+            group.key_scale == nullptr ? nullptr : group.key_scale + t * kTileKeys};
+  }
+  bool pack_tile(const Unit& unit, std::int64_t tile, const PackedTile& out, Scratch& s) const;
+  void run_item(const WorkItem& item, const PackGroup* group, const Partials* partials, Scratch& s) const;
+  void prepare_rows(const Unit& unit, std::int64_t row, std::int64_t rows, bool stream, Scratch& s) const;
+  void run_tiles(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t k0, std::int64_t k1,
+                 const PackGroup* group, Scratch& s) const;
+  void run_stream(const Unit& unit, std::int64_t k0, std::int64_t k1, Scratch& s) const;
+  void write_row(const Unit& unit, std::int64_t row, float* o, float m, float l) const;
+  void merge_rows(const Unit& unit, const Partials& partials, std::int64_t row, float* o) const;
+
+  // Tiles and masks, whether the unit reads all keys or a list.
+  void tiles_of(const Unit& unit, const Visibility& seen, std::int64_t q0, std::int64_t q1, std::int64_t k0,
+                std::int64_t k1, std::vector<Tile>& tiles) const;
+  std::uint64_t bits_of(const Unit& unit, const Visibility& seen, std::int64_t query, std::int64_t k0) const;
+  std::pair<std::int64_t, std::int64_t> list_range(const Unit& unit, const Visibility& seen, std::int64_t query) const;
+
+  struct Place {
+    std::int64_t page, slot;
+  };
+  Place place(const Unit& unit, std::int64_t key) const {
+    const Request& r = p_.requests[unit.request];
+    if (unit.listed) key = unit.list[static_cast<std::size_t>(key)];
+    if (p_.page_size == 0) return {r.k_page, r.k_first + key};
+    return {r.pages[key / p_.page_size], key % p_.page_size};
+  }
+  const std::byte* q_row(const Unit& unit, std::int64_t row) const {
+    const Request& r = p_.requests[unit.request];
+    return p_.q.row(r.q_page, unit.head_of(row), r.q_first + unit.query_of(row));
+  }
+
+  Scratch& scratch(Workspace& workspace, Scratch& s) const;
+
+  const Problem& p_;
+  const TileKernels& tile_;
+  const StreamKernels& stream_;
+  const QuantizeKernels& quantize_;
+  const Formats formats_;
+  const Plan plan_;
+  const std::int64_t columns_, words_;
+  const std::size_t key_bytes_, value_bytes_;
+  float factor_;
+  float value_factor_ = 1.0f;
+};
+
+Scratch& Attention::scratch(Workspace& workspace, Scratch& s) const {
+  const auto carve = [&](Carver c) {
+    const std::size_t dim = static_cast<std::size_t>(p_.q.dim + 63) / 64 * 64;
+    s.queries = c.take<std::byte>(kTileRows * std::max<std::size_t>(static_cast<std::size_t>(words_) * 4, dim * 4));
+    s.query_row = c.take<float>(dim);
+    s.query_int8 = c.take<std::int8_t>(kTileRows * dim);
+    for (float** at : {&s.factor, &s.bias, &s.query_scale, &s.m, &s.l}) *at = c.take<float>(kTileRows);
+    s.row_sums = c.take<std::int32_t>(kTileRows);
+    s.o = c.take<float>(static_cast<std::size_t>(kTileRows * columns_));
+    s.scores = c.take<float>(kScoreBytes / 4);
+    s.probabilities = formats_.pv == Math::kFloat32 ? s.scores : static_cast<void*>(c.take<std::byte>(kScoreBytes / 2));
+    s.bits = c.take<std::uint64_t>(kStepTiles * kTileRows);
+    s.keys = c.take<std::byte>(kStepTiles * key_bytes_);
+    s.values = c.take<std::byte>(kStepTiles * value_bytes_);
+    s.key_scale = c.take<float>(kStreamKeys);
+    s.value_scale = c.take<float>(kStreamKeys);
+    s.key_rows = c.take<const std::byte*>(kStreamKeys);
+    s.value_rows = c.take<const std::byte*>(kStreamKeys);
+    return c.used();
+  };
+  carve(Carver(workspace.reserve(carve(Carver(nullptr)))));
+  return s;
+}
+
+// Units with more than one row tile read the same packed keys, as do all heads of a group.
+std::vector<PackGroup> Attention::make_groups() const {
+  std::vector<PackGroup> groups;
+  for (std::size_t u = 0; u < plan_.units.size(); ++u) {
+    const Unit& unit = plan_.units[u];
+    const auto index = static_cast<std::int32_t>(u);
+    if (!groups.empty()) {
+      const Unit& last = plan_.units[static_cast<std::size_t>(groups.back().unit)];
+      if (last.request == unit.request && last.kv_head == unit.kv_head && last.query == unit.query) {
+        groups.back().units.push_back(index);
+        continue;
+      }
+    }
+    PackGroup group;
+    group.unit = index;
+    group.units = {index};
+    // Packing ahead pays if a packed tile is read more than once.
+    if (!streams(unit) && plan_.row_tiles(unit) > 1) group.tiles = (unit.keys + kTileKeys - 1) / kTileKeys;
+    groups.push_back(std::move(group));
+  }
+  return groups;
+}
+
+void Attention::run() {
+  std::vector<PackGroup> groups = make_groups();
+  const std::size_t scale_bytes = p_.k.partition > 0 ? kTileKeys * sizeof(float) : 0;
+  const std::size_t tile_bytes = key_bytes_ + value_bytes_ + scale_bytes;
+  static thread_local Workspace pack_workspace;
+
+  std::vector<PackGroup> chunk;
+  std::vector<std::int32_t> units;
+  std::size_t bytes = 0;
+  const auto flush = [&] {
+    if (chunk.empty()) return;
+    std::byte* at = pack_workspace.reserve(bytes);
+    for (PackGroup& group : chunk) {
+      const auto tiles = static_cast<std::size_t>(group.tiles);
+      if (tiles == 0) continue;
+      group.keys = at;
+      group.values = group.keys + tiles * key_bytes_;
+      if (scale_bytes > 0) group.key_scale = reinterpret_cast<float*>(group.values + tiles * value_bytes_);
+      at += tiles * tile_bytes;
+    }
+    run_chunk(chunk, units);
+    chunk.clear();
+    units.clear();
+    bytes = 0;
+  };
+  for (PackGroup& group : groups) {
+    std::size_t need = static_cast<std::size_t>(group.tiles) * tile_bytes;
+    if (need > kPackBudget) {  // packed on the way, by each row tile for itself
+      group.tiles = 0;
+      need = 0;
+    }
+    if (bytes + need > kPackBudget) flush();
+    bytes += need;
+    units.insert(units.end(), group.units.begin(), group.units.end());
+    chunk.push_back(std::move(group));
+  }
+  flush();
+}
+
+void Attention::run_chunk(std::vector<PackGroup>& groups, const std::vector<std::int32_t>& units) {
+  // Which tiles to pack: what some row of some head visits.
+  struct PackItem {
+    PackGroup* group;
+    std::int64_t tile;
+  };
+  std::vector<PackItem> pack;
+  std::vector<const PackGroup*> group_of(plan_.units.size(), nullptr);
+  std::vector<Tile> tiles;
+  for (PackGroup& group : groups) {
+    if (group.tiles == 0) continue;
+    group.visited.assign(static_cast<std::size_t>(group.tiles), 0);
+    group.finite.assign(static_cast<std::size_t>(group.tiles), 1);
+    for (const std::int32_t u : group.units) {
+      const Unit& unit = plan_.units[static_cast<std::size_t>(u)];
+      group_of[static_cast<std::size_t>(u)] = &group;
+      const Visibility seen(p_, unit.request, unit.q_head);
+      tiles_of(unit, seen, unit.query, unit.query + unit.queries, 0, unit.keys, tiles);
+      for (const Tile& tile : tiles) group.visited[static_cast<std::size_t>(tile.index)] = 1;
+    }
+    for (std::int64_t t = 0; t < group.tiles; ++t) {
+      if (group.visited[static_cast<std::size_t>(t)] != 0) pack.push_back({&group, t});
+    }
+  }
+
+  // Partial results of units whose keys are split.
+  static thread_local Workspace partial_workspace;
+  std::vector<Partials> partials(plan_.units.size());
+  struct MergeItem {
+    std::int32_t unit;
+    std::int64_t row;
+  };
+  std::vector<MergeItem> merges;
+  std::size_t partial_floats = 0;
+  for (const std::int32_t u : units) {
+    const Unit& unit = plan_.units[static_cast<std::size_t>(u)];
+    Partials& part = partials[static_cast<std::size_t>(u)];
+    part.splits = plan_.splits(unit);
+    part.rows = unit.rows();
+    part.columns = columns_;
+    if (part.splits > 1) partial_floats += static_cast<std::size_t>(part.splits * part.rows * (columns_ + 2));
+  }
+  float* at = reinterpret_cast<float*>(partial_workspace.reserve(partial_floats * sizeof(float)));
+  for (const std::int32_t u : units) {
+    Partials& part = partials[static_cast<std::size_t>(u)];
+    if (part.splits == 1) continue;
+    part.base = at;
+    at += part.splits * part.rows * (columns_ + 2);
+    for (std::int64_t row = 0; row < part.rows; ++row) merges.push_back({u, row});
+  }
+
+  std::vector<WorkItem> items = plan_.items(units);
+  const ScheduleKind kind = p_.schedule.kind;
+  if (kind == ScheduleKind::kTile) std::reverse(items.begin(), items.end());
+  const auto num_items = static_cast<std::int64_t>(items.size()), num_pack = static_cast<std::int64_t>(pack.size());
+  const auto workers = [&](std::int64_t n) {
+    return static_cast<int>(std::clamp<std::int64_t>(n, 1, std::max(1, num_threads())));
+  };
+
+  // Each phase: workers take items one by one, or (static) every n-th.
+  const auto phase = [&](std::int64_t count, bool in_advance, auto&& body) {
+    if (count == 0) return;
+    const int n = workers(count);
+    std::atomic<std::int64_t> next{0};
+    parallel(n, [&](int id) {
+      static thread_local Workspace workspace;
+      Scratch s;
+      scratch(workspace, s);
+      tile_.begin_thread();
+      const auto take = [&](std::int64_t last) {
+        if (in_advance) return last < 0 ? std::int64_t{id} : last + n;
+        return next.fetch_add(1, std::memory_order_relaxed);
+      };
+      for (std::int64_t i = take(-1); i < count; i = take(i)) body(i, s);
+      tile_.end_thread();
+    });
+  };
+  phase(num_pack, false, [&](std::int64_t i, Scratch& s) {
+    const auto& [group, tile] = pack[static_cast<std::size_t>(i)];
+    group->finite[static_cast<std::size_t>(tile)] =
+        pack_tile(plan_.units[static_cast<std::size_t>(group->unit)], tile, packed_tile(*group, tile), s);
+  });
+  phase(num_items, kind == ScheduleKind::kStatic, [&](std::int64_t i, Scratch& s) {
+    const WorkItem& item = items[static_cast<std::size_t>(i)];
+    const Partials& part = partials[static_cast<std::size_t>(item.unit)];
+    run_item(item, group_of[static_cast<std::size_t>(item.unit)], part.splits > 1 ? &part : nullptr, s);
+  });
+  phase(static_cast<std::int64_t>(merges.size()), false, [&](std::int64_t i, Scratch& s) {
+    const MergeItem& item = merges[static_cast<std::size_t>(i)];
+    merge_rows(plan_.units[static_cast<std::size_t>(item.unit)], partials[static_cast<std::size_t>(item.unit)], item.row,
+               s.o);
+  });
+  partial_workspace.trim(kPackBudget);
+}
+
+std::pair<std::int64_t, std::int64_t> Attention::list_range(const Unit& unit, const Visibility& seen,
+                                                            std::int64_t query) const {
+  const auto [begin, end] = seen.allowed_keys(query);
+  const auto first = std::lower_bound(unit.list.begin(), unit.list.end(), begin);
+  const auto last = std::lower_bound(first, unit.list.end(), end);
+  return {first - unit.list.begin(), last - unit.list.begin()};
+}
+
+void Attention::tiles_of(const Unit& unit, const Visibility& seen, std::int64_t q0, std::int64_t q1, std::int64_t k0,
+                         std::int64_t k1, std::vector<Tile>& tiles) const {
+  if (!unit.listed) return seen.tiles(q0, q1, k0, k1, kTileKeys, tiles);
+  tiles.clear();
+  const auto [first_begin, first_end] = list_range(unit, seen, q0);
+  const auto [last_begin, last_end] = list_range(unit, seen, q1 - 1);
+  k0 = std::max(k0, first_begin);
+  k1 = std::min(k1, last_end);
+  for (std::int64_t t = k0 / kTileKeys; t * kTileKeys < k1; ++t) {
+    const bool full = t * kTileKeys >= last_begin && (t + 1) * kTileKeys <= first_end;
+    tiles.push_back({static_cast<std::int32_t>(t), !full});
+  }
+}
+
+std::uint64_t Attention::bits_of(const Unit& unit, const Visibility& seen, std::int64_t query, std::int64_t k0) const {
+  if (!unit.listed) return seen.bits64(query, k0);
+  const auto [begin, end] = list_range(unit, seen, query);
+  const std::int64_t first = std::clamp<std::int64_t>(begin - k0, 0, 64), last = std::clamp<std::int64_t>(end - k0, 0, 64);
+  return first >= last ? 0 : (~std::uint64_t{0} >> (64 - (last - first))) << first;
+}
+
+// Returns whether the values are finite.
+bool Attention::pack_tile(const Unit& unit, std::int64_t tile, const PackedTile& out, Scratch& s) const {
+  const std::int64_t begin = tile * kTileKeys, count = std::min<std::int64_t>(kTileKeys, unit.keys - begin);
+  const bool value_scales = p_.v.partition > 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Place at = place(unit, begin + i);
+    s.key_rows[i] = p_.k.row(at.page, unit.kv_head, at.slot);
+    s.value_rows[i] = p_.v.row(at.page, unit.kv_head, at.slot);
+    if (out.key_scale != nullptr) out.key_scale[i] = p_.k.scale_of(at.page, unit.kv_head, at.slot);
+    if (value_scales) s.value_scale[i] = p_.v.scale_of(at.page, unit.kv_head, at.slot);
+  }
+  tile_.pack_keys({s.key_rows, count, p_.k.dim, p_.k.dtype, nullptr}, formats_.qk, out.keys);
+  return tile_.pack_values({s.value_rows, count, p_.v.dim, p_.v.dtype, value_scales ? s.value_scale : nullptr},
+                           formats_.pv, out.values);
+}
+
+// Queries in the form their kernel reads, factor and bias of each row, and an empty softmax state.
+void Attention::prepare_rows(const Unit& unit, std::int64_t row, std::int64_t rows, bool stream, Scratch& s) const {
+  const Request& request = p_.requests[unit.request];
+  const std::int64_t dim = p_.q.dim, stream_stride = (dim + 63) / 64 * 64;
+  const bool negate = p_.scale < 0.0f;
+  const std::byte* sources[kTileRows];
+  DType source_type = p_.q.dtype;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    sources[r] = q_row(unit, row + r);
+    const std::int64_t head = unit.head_of(row + r), slot = request.q_first + unit.query_of(row + r);
+    float scale = p_.q.scale_of(request.q_page, head, slot);
+    if (p_.quantize_q) {
+      scale = p_.q_static_scale;
+      if (!(scale > 0.0f)) {
+        const std::uint32_t bits = quantize_.max_abs_bits(sources[r], p_.q.dtype, nullptr, dim);
+        float largest;
+        std::memcpy(&largest, &bits, 4);
+        scale = largest / 127.0f;
+      }
+      std::int8_t* out = s.query_int8 + r * stream_stride;
+      quantize_.quantize(sources[r], p_.q.dtype, nullptr, dim, scale, out, DType::kInt8);
+      sources[r] = reinterpret_cast<const std::byte*>(out);
+      source_type = DType::kInt8;
+    }
+    s.factor[r] = factor_ * scale;
+    s.bias[r] = 0.0f;
+    // K smoothing: what the keys' mean adds to every score of the row.
+    const Place key = unit.keys > 0 ? place(unit, 0) : Place{0, 0};
+    if (const float* mean = unit.keys > 0 ? p_.k.mean_of(key.page, unit.kv_head) : nullptr; mean != nullptr) {
+      tile_.read_row(sources[r], dim, source_type, s.query_row);
+      double dot = 0.0;
+      for (std::int64_t i = 0; i < dim; ++i) dot += static_cast<double>(s.query_row[i]) * mean[i];
+      s.bias[r] = static_cast<float>(dot * scale * p_.scale * kLog2e);
+    }
+    s.m[r] = -kInfinity;
+    s.l[r] = 0.0f;
+  }
+  std::memset(s.o, 0, static_cast<std::size_t>((stream ? kStreamRows : kTileRows) * columns_) * sizeof(float));
+
+  if (!stream) {
+    tile_.pack_queries({sources, rows, dim, source_type, nullptr}, formats_.qk, negate, s.queries, s.row_sums);
+    return;
+  }
+  const bool native_int8 = formats_.qk == Math::kInt8;
+  const std::int64_t padded = rows <= 2 ? rows : (rows + 3) / 4 * 4;
+  std::memset(s.queries, 0, static_cast<std::size_t>(padded * stream_stride) * (native_int8 ? 1 : 4));
+  for (std::int64_t r = 0; r < padded; ++r) s.row_sums[r] = 0;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    if (native_int8) {
+      std::int8_t* out = reinterpret_cast<std::int8_t*>(s.queries) + r * stream_stride;
+      const auto* in = reinterpret_cast<const std::int8_t*>(sources[r]);
+      for (std::int64_t i = 0; i < dim; ++i) {
+        out[i] = static_cast<std::int8_t>(negate ? -in[i] : in[i]);
+        s.row_sums[r] += out[i];
+      }
+    } else {
+      float* out = reinterpret_cast<float*>(s.queries) + r * stream_stride;
+      tile_.read_row(sources[r], dim, source_type, out);
+      for (std::int64_t i = 0; negate && i < dim; ++i) out[i] = -out[i];
+    }
+  }
+}
+
+void Attention::run_item(const WorkItem& item, const PackGroup* group, const Partials* partials, Scratch& s) const {
+  const Unit& unit = plan_.units[static_cast<std::size_t>(item.unit)];
+  const std::int64_t row = item.row_tile * plan_.row_tile, rows = std::min(plan_.row_tile, unit.rows() - row);
+  const std::int64_t split = plan_.split_size(unit);
+  const std::int64_t k0 = item.split * split, k1 = std::min(unit.keys, k0 + split);
+  const bool stream = streams(unit);
+  prepare_rows(unit, row, rows, stream, s);
+  if (k0 < k1) {
+    if (stream) {
+      run_stream(unit, k0, k1, s);
+    } else {
+      run_tiles(unit, row, rows, k0, k1, group, s);
+    }
+  }
+  // Values as they are, not as they are stored: o * scale + l * mean.
+  const Place first = unit.keys > 0 ? place(unit, 0) : Place{0, 0};
+  const float* mean = unit.keys > 0 ? p_.v.mean_of(first.page, unit.kv_head) : nullptr;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    float* o = s.o + r * columns_;
+    if (value_factor_ != 1.0f || mean != nullptr) {
+      for (std::int64_t c = 0; c < p_.v.dim; ++c) {
+        o[c] = o[c] * value_factor_ + (mean == nullptr || s.l[r] == 0.0f ? 0.0f : s.l[r] * mean[c]);
+      }
+    }
+    if (partials == nullptr) {
+      write_row(unit, row + r, o, s.m[r], s.l[r]);
+    } else {
+      std::memcpy(partials->o(item.split, row + r), o, static_cast<std::size_t>(columns_) * sizeof(float));
+      *partials->m(item.split, row + r) = s.m[r];
+      *partials->l(item.split, row + r) = s.l[r];
+    }
+  }
+}
+
+void Attention::run_tiles(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t k0, std::int64_t k1,
+                          const PackGroup* group, Scratch& s) const {
+  static thread_local std::vector<Tile> tiles;
+  const Visibility seen(p_, unit.request, unit.q_head);
+  tiles_of(unit, seen, unit.query_of(row), unit.query_of(row + rows - 1) + 1, k0, k1, tiles);
+
+  RowTile tile;
+  tile.rows = rows;
+  tile.queries = s.queries;
+  tile.words = words_;
+  tile.row_sums = s.row_sums;
+  tile.factor = s.factor;
+  tile.bias = p_.k.mean == nullptr ? nullptr : s.bias;
+  tile.softcap = p_.softcap * kLog2e;
+  tile.o = s.o;
+  tile.columns = columns_;
+  tile.m = s.m;
+  tile.l = s.l;
+
+  for (std::size_t first = 0; first < tiles.size(); first += kStepTiles) {
+    Step step;
+    step.tiles = static_cast<int>(std::min<std::size_t>(kStepTiles, tiles.size() - first));
+    for (int t = 0; t < step.tiles; ++t) {
+      const Tile& visit = tiles[first + static_cast<std::size_t>(t)];
+      PackedTile packed;
+      if (group != nullptr) {
+        packed = packed_tile(*group, visit.index);
+        step.finite[t] = group->finite[static_cast<std::size_t>(visit.index)] != 0;
+      } else {
+        packed = {s.keys + static_cast<std::size_t>(t) * key_bytes_, s.values + static_cast<std::size_t>(t) * value_bytes_,
+                  p_.k.partition > 0 ? s.key_scale + t * kTileKeys : nullptr};
+        step.finite[t] = pack_tile(unit, visit.index, packed, s);
+      }
+      step.keys[t] = packed.keys;
+      step.values[t] = packed.values;
+      step.key_scale[t] = packed.key_scale;
+      step.bits[t] = nullptr;
+      if (!visit.masked) continue;
+      std::uint64_t* bits = s.bits + t * kTileRows;
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const bool same_query = r > 0 && unit.query_of(row + r) == unit.query_of(row + r - 1);
+        bits[r] = same_query ? bits[r - 1] : bits_of(unit, seen, unit.query_of(row + r), visit.index * kTileKeys);
+      }
+      step.bits[t] = bits;
+    }
+    tile_.step(tile, step, formats_.qk, formats_.pv, {s.scores, s.probabilities});
+  }
+}
+
+void Attention::run_stream(const Unit& unit, std::int64_t k0, std::int64_t k1, Scratch& s) const {
+  static thread_local std::vector<Tile> tiles;
+  const Visibility seen(p_, unit.request, unit.q_head);
+  tiles_of(unit, seen, unit.query, unit.query + unit.queries, k0, k1, tiles);
+  const std::int64_t rows = unit.rows();
+
+  StreamTile tile;
+  tile.rows = rows;
+  if (formats_.qk == Math::kInt8) {
+    tile.int8_queries = reinterpret_cast<const std::int8_t*>(s.queries);
+  } else {
+    tile.queries = reinterpret_cast<const float*>(s.queries);
+  }
+  tile.row_sums = s.row_sums;
+  tile.factor = s.factor;
+  tile.bias = p_.k.mean == nullptr ? nullptr : s.bias;
+  tile.softcap = p_.softcap * kLog2e;
+  tile.o = s.o;
+  tile.columns = columns_;
+  tile.m = s.m;
+  tile.l = s.l;
+
+  StreamStep step;
+  step.keys = s.key_rows;
+  step.values = s.value_rows;
+  step.key_dtype = p_.k.dtype;
+  step.value_dtype = p_.v.dtype;
+  step.dim = p_.k.dim;
+  step.dim_v = p_.v.dim;
+  step.key_scale = p_.k.partition > 0 ? s.key_scale : nullptr;
+  step.value_scale = p_.v.partition > 0 ? s.value_scale : nullptr;
+  const auto add_key = [&](std::int64_t key) {
+    const Place at = place(unit, key);
+    s.key_rows[step.count] = p_.k.row(at.page, unit.kv_head, at.slot);
+    s.value_rows[step.count] = p_.v.row(at.page, unit.kv_head, at.slot);
+    if (step.key_scale != nullptr) s.key_scale[step.count] = p_.k.scale_of(at.page, unit.kv_head, at.slot);
+    if (step.value_scale != nullptr) s.value_scale[step.count] = p_.v.scale_of(at.page, unit.kv_head, at.slot);
+    ++step.count;
+  };
+  const auto flush = [&] {
+    if (step.count == 0) return;
+    for (int j = step.count; j < kStreamKeys; ++j) {
+      s.key_rows[j] = s.key_rows[step.count - 1];
+      s.value_rows[j] = s.value_rows[step.count - 1];
+    }
+    stream_.step(tile, step, s.scores);
+    step.count = 0;
+    step.bits = nullptr;
+  };
+
+  if (unit.queries == 1) {  // all rows see the same keys: only those are read
+    for (const Tile& visit : tiles) {
+      const std::int64_t begin = visit.index * kTileKeys;
+      std::uint64_t bits = visit.masked ? bits_of(unit, seen, unit.query, begin) : ~std::uint64_t{0};
+      for (; bits != 0; bits &= bits - 1) {
+        add_key(begin + std::countr_zero(bits));
+        if (step.count == kStreamKeys) flush();
+      }
+    }
+    flush();
+    return;
+  }
+  for (std::size_t first = 0; first < tiles.size(); first += kStepTiles) {
+    const std::size_t count = std::min<std::size_t>(kStepTiles, tiles.size() - first);
+    for (std::size_t t = 0; t < count; ++t) {
+      const Tile& visit = tiles[first + t];
+      if (visit.masked && step.bits == nullptr) {
+        std::fill_n(s.bits, rows * kStepTiles, ~std::uint64_t{0});
+        step.bits = s.bits;
+      }
+      const std::int64_t begin = visit.index * kTileKeys, end = std::min(begin + kTileKeys, unit.keys);
+      for (std::int64_t key = begin; key < end; ++key) add_key(key);
+      for (std::int64_t r = 0; visit.masked && r < rows; ++r) {
+        s.bits[r * kStepTiles + static_cast<std::int64_t>(t)] = bits_of(unit, seen, unit.query_of(r), begin);
+      }
+    }
+    flush();
+  }
+}
+
+// out = o / l and lse = m + log l, the sink's share included.
+void Attention::write_row(const Unit& unit, std::int64_t row, float* o, float m, float l) const {
+  const Request& request = p_.requests[unit.request];
+  const std::int64_t head = unit.head_of(row), slot = request.q_first + unit.query_of(row);
+  float factor = 1.0f;
+  if (p_.sinks != nullptr) {
+    const float sink = p_.sinks[head] * kLog2e;
+    const float top = std::max(m, sink);
+    if (top > -kInfinity) {
+      factor = std::exp2(m - top);
+      l = l * factor + std::exp2(sink - top);
+      m = top;
+    }
+  }
+  if (l == 0.0f) {
+    std::fill_n(o, p_.v.dim, 0.0f);
+  } else {
+    factor /= l;
+  }
+  tile_.write_row(o, factor, p_.v.dim, p_.out.dtype, p_.out.row(request.q_page, head, slot));
+  if (p_.lse != nullptr) {
+    const float lse = l == 0.0f ? -kInfinity : (m + std::log2(l)) * kLn2;
+    static_cast<float*>(
+        p_.lse)[request.q_page * p_.lse_page_stride + head * p_.lse_head_stride + slot * p_.lse_slot_stride] = lse;
+  }
+}
+
+// Splits in order, whoever computed them.
+void Attention::merge_rows(const Unit& unit, const Partials& partials, std::int64_t row, float* o) const {
+  float m = -kInfinity;
+  for (std::int64_t split = 0; split < partials.splits; ++split) m = std::max(m, *partials.m(split, row));
+  float l = 0.0f;
+  std::fill_n(o, columns_, 0.0f);
+  for (std::int64_t split = 0; split < partials.splits; ++split) {
+    const float part_l = *partials.l(split, row);
+    if (part_l == 0.0f) continue;  // saw nothing
+    const float weight = std::exp2(*partials.m(split, row) - m);
+    const float* part = partials.o(split, row);
+    l += part_l * weight;
+    for (std::int64_t c = 0; c < p_.v.dim; ++c) o[c] += part[c] * weight;
+  }
+  write_row(unit, row, o, m, l);
+}
+
+}  // namespace
+
+void attention(const Problem& problem) { Attention(problem).run(); }
+
+}  // namespace heddle::host

@@ -1,0 +1,225 @@
+// Packing of rows into words (see host/tile_kernels.h): the only code of the tile path that knows how rows are stored.
+#pragma once
+
+#include "host/kernels/matmul.h"
+#include "host/kernels/simd.h"
+#include "host/tile_kernels.h"
+
+namespace heddle::host::HEDDLE_ISA {
+
+HEDDLE_INLINE float load_element(const std::byte* row, std::int64_t i, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: {
+      float x;
+      std::memcpy(&x, row + 4 * i, 4);
+      return x;
+    }
+    case DType::kBFloat16: {
+      std::uint16_t x;
+      std::memcpy(&x, row + 2 * i, 2);
+      return bf16_to_float(x);
+    }
+    case DType::kFloat16: {
+      std::uint16_t x;
+      std::memcpy(&x, row + 2 * i, 2);
+      return fp16_to_float(x);
+    }
+    case DType::kInt8:
+      return static_cast<float>(static_cast<std::int8_t>(row[i]));
+    default:
+      return e4m3_to_float(static_cast<std::uint8_t>(row[i]));
+  }
+}
+
+template <DType dtype>
+inline void load_floats(const std::byte* row, std::int64_t dim, float* out) {
+  for (std::int64_t i = 0; i < dim; ++i) out[i] = load_element(row, i, dtype);
+}
+
+// One row as floats, as stored.
+inline void row_as_floats(const std::byte* row, std::int64_t dim, DType dtype, float* out) {
+  switch (dtype) {
+    case DType::kFloat32:
+      std::memcpy(out, row, static_cast<std::size_t>(dim) * 4);
+      break;
+    case DType::kBFloat16:
+      load_floats<DType::kBFloat16>(row, dim, out);
+      break;
+    case DType::kFloat16:
+      load_floats<DType::kFloat16>(row, dim, out);
+      break;
+    case DType::kInt8:
+      load_floats<DType::kInt8>(row, dim, out);
+      break;
+    default:
+      load_floats<DType::kFloat8E4M3>(row, dim, out);
+  }
+}
+
+// One row as words of `math`, zero-padded to `words`. scratch: kMaxDim floats.
+inline void row_as_words(const RowSource& source, std::int64_t index, Math math, std::int64_t words, void* out,
+                         float* scratch) {
+  const std::byte* row = source.rows[index];
+  const std::int64_t dim = source.dim;
+  if (math == Math::kFloat32) {
+    float* x = static_cast<float*>(out);
+    row_as_floats(row, dim, source.dtype, x);
+    if (source.scale != nullptr) {
+      const float scale = source.scale[index];
+      for (std::int64_t i = 0; i < dim; ++i) x[i] *= scale;
+    }
+    for (std::int64_t i = dim; i < words; ++i) x[i] = 0.0f;
+  } else if (math == Math::kBFloat16) {
+    std::uint16_t* x = static_cast<std::uint16_t*>(out);
+    if (source.dtype == DType::kBFloat16) {
+      std::memcpy(x, row, static_cast<std::size_t>(dim) * 2);
+    } else {  // int8 and fp8 values are exact in bf16
+      row_as_floats(row, dim, source.dtype, scratch);
+      for (std::int64_t i = 0; i < dim; ++i) x[i] = float_to_bf16(scratch[i]);
+    }
+    for (std::int64_t i = dim; i < words * 2; ++i) x[i] = 0;
+  } else {
+    std::memcpy(out, row, static_cast<std::size_t>(dim));
+    std::memset(static_cast<std::byte*>(out) + dim, 0, static_cast<std::size_t>(words * 4 - dim));
+  }
+}
+
+inline constexpr std::int64_t kMaxDim = 576;
+
+// [row][word] -> [word][row] for 64 rows.
+inline void transpose_words(const std::uint32_t* rows, std::int64_t words, std::int64_t row_stride,
+                            std::uint32_t* panel) {
+#if HEDDLE_ISA_LEVEL >= 2
+  // 16 x 16 blocks in registers: interleave words, pairs, then 128-bit lanes.
+  for (std::int64_t w0 = 0; w0 < words; w0 += 16) {
+    const std::int64_t left = words - w0 < 16 ? words - w0 : 16;
+    const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1u);
+    for (int r0 = 0; r0 < kTileKeys; r0 += 16) {
+      __m512i a[16], b[16];
+      HEDDLE_UNROLL
+      for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(mask, rows + (r0 + i) * row_stride + w0);
+      HEDDLE_UNROLL
+      for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+      }
+      HEDDLE_UNROLL
+      for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+      }
+      // a[4 g + c] holds, in lane l, word 4 l + c of rows 4 g .. 4 g + 3.
+      HEDDLE_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        b[c] = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44);
+        b[4 + c] = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+        b[8 + c] = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
+        b[12 + c] = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
+      }
+      HEDDLE_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        a[c] = _mm512_shuffle_i32x4(b[c], b[8 + c], 0x88);
+        a[4 + c] = _mm512_shuffle_i32x4(b[c], b[8 + c], 0xdd);
+        a[8 + c] = _mm512_shuffle_i32x4(b[4 + c], b[12 + c], 0x88);
+        a[12 + c] = _mm512_shuffle_i32x4(b[4 + c], b[12 + c], 0xdd);
+      }
+      if (left == 16) {
+        HEDDLE_UNROLL
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (w0 + i) * kTileKeys + r0, a[i]);
+      } else {
+        HEDDLE_UNROLL
+        for (int i = 0; i < 16; ++i) {
+          if (i < left) _mm512_storeu_si512(panel + (w0 + i) * kTileKeys + r0, a[i]);
+        }
+      }
+    }
+  }
+#else
+  for (std::int64_t w = 0; w < words; ++w) {
+    for (int r = 0; r < kTileKeys; ++r) panel[w * kTileKeys + r] = rows[r * row_stride + w];
+  }
+#endif
+}
+
+inline void negate_words(void* row, std::int64_t dim, Math math) {
+  if (math == Math::kFloat32) {
+    float* x = static_cast<float*>(row);
+    for (std::int64_t i = 0; i < dim; ++i) x[i] = -x[i];
+  } else if (math == Math::kBFloat16) {
+    std::uint16_t* x = static_cast<std::uint16_t*>(row);
+    for (std::int64_t i = 0; i < dim; ++i) x[i] = static_cast<std::uint16_t>(x[i] ^ 0x8000u);
+  } else {
+    std::int8_t* x = static_cast<std::int8_t*>(row);
+    for (std::int64_t i = 0; i < dim; ++i) x[i] = static_cast<std::int8_t>(-x[i]);
+  }
+}
+
+inline void pack_queries(const RowSource& source, Math math, bool negate, void* out, std::int32_t* row_sums) {
+  const std::int64_t words = query_words(source.dim, math);
+  alignas(64) float scratch[kMaxDim];
+  for (std::int64_t r = 0; r < source.count; ++r) {
+    std::byte* row = static_cast<std::byte*>(out) + r * words * 4;
+    row_as_words(source, r, math, words, row, scratch);
+    if (negate) negate_words(row, source.dim, math);
+    if (math == Math::kInt8) {
+      std::int32_t sum = 0;
+      for (std::int64_t i = 0; i < source.dim; ++i) sum += reinterpret_cast<const std::int8_t*>(row)[i];
+      row_sums[r] = sum;
+    }
+  }
+}
+
+inline void pack_keys(const RowSource& source, Math math, void* out) {
+  const std::int64_t words = query_words(source.dim, math);
+  alignas(64) float scratch[kMaxDim];
+  alignas(64) std::uint32_t rows[kTileKeys * (kMaxDim + 16)];
+  for (std::int64_t r = 0; r < source.count; ++r) row_as_words(source, r, math, words, rows + r * words, scratch);
+  std::memset(rows + source.count * words, 0, static_cast<std::size_t>((kTileKeys - source.count) * words) * 4);
+  if (math == Math::kInt8 && !kAmx) {  // VPDPBUSD reads keys unsigned
+    for (std::int64_t i = 0; i < kTileKeys * words; ++i) rows[i] ^= 0x80808080u;
+  }
+  transpose_words(rows, words, words, static_cast<std::uint32_t*>(out));
+}
+
+// -> panels of 64 columns, [word of key][column]
+inline bool pack_values(const RowSource& source, Math math, void* out) {
+  const std::int64_t columns = padded_columns(source.dim);
+  const int per_word = elements_per_word(math);
+  alignas(64) float scratch[kMaxDim];
+  alignas(64) std::uint32_t pair[2][kMaxDim + 16];
+  std::uint32_t nonfinite = 0;
+  for (int w = 0; w < kTileKeys / per_word; ++w) {
+    for (int e = 0; e < per_word; ++e) {
+      const std::int64_t key = w * per_word + e;
+      if (key < source.count) {
+        row_as_words(source, key, math, columns / per_word, pair[e], scratch);
+      } else {
+        std::memset(pair[e], 0, static_cast<std::size_t>(columns) * 4 / static_cast<std::size_t>(per_word));
+      }
+    }
+    if (math == Math::kFloat32) {
+      for (std::int64_t c = 0; c < columns; ++c) nonfinite |= (pair[0][c] & 0x7f800000u) == 0x7f800000u;
+    } else {
+      // Interleave two keys: the even one in the lower half of each word.
+      const std::uint16_t* even = reinterpret_cast<const std::uint16_t*>(pair[0]);
+      const std::uint16_t* odd = reinterpret_cast<const std::uint16_t*>(pair[1]);
+      std::uint32_t* both = reinterpret_cast<std::uint32_t*>(scratch);
+      for (std::int64_t c = 0; c < columns; ++c) {
+        both[c] = static_cast<std::uint32_t>(even[c]) | static_cast<std::uint32_t>(odd[c]) << 16;
+        nonfinite |= ((both[c] & 0x7f80u) == 0x7f80u) | ((both[c] & 0x7f800000u) == 0x7f800000u);
+      }
+    }
+    const std::uint32_t* from = math == Math::kFloat32 ? pair[0] : reinterpret_cast<const std::uint32_t*>(scratch);
+    std::uint32_t* panel = static_cast<std::uint32_t*>(out);
+    for (std::int64_t c0 = 0; c0 < columns; c0 += kTileKeys) {
+      const std::int64_t width = columns - c0 < kTileKeys ? columns - c0 : kTileKeys;
+      std::memcpy(panel + w * width, from + c0, static_cast<std::size_t>(width) * 4);
+      panel += kTileKeys / per_word * width;
+    }
+  }
+  return nonfinite == 0;
+}
+
+}  // namespace heddle::host::HEDDLE_ISA

@@ -1,0 +1,108 @@
+// Online softmax on a block of score rows, in base 2.
+#pragma once
+
+#include "host/kernels/simd.h"
+#include "host/tile_kernels.h"
+
+namespace heddle::host::HEDDLE_ISA {
+
+HEDDLE_INLINE F negative_infinity() { return set1(-__builtin_inff()); }
+
+// 64 visibility bits, kWidth at a time.
+HEDDLE_INLINE std::uint32_t lane_bits(std::uint64_t bits, int vector) {
+  return static_cast<std::uint32_t>(bits >> (vector * kWidth)) & ((1u << kWidth) - 1u);
+}
+
+template <bool kIntScores>
+HEDDLE_INLINE F load_scores(const float* s) {
+  if constexpr (kIntScores) return to_float(load_int(s));
+  return load(s);
+}
+
+// Stores two vectors of probabilities, as float32 or as bf16.
+template <Math pv>
+HEDDLE_INLINE void store_pair(void* row, int column, F a, F b) {
+  if constexpr (pv == Math::kFloat32) {
+    store(static_cast<float*>(row) + column, a);
+    store(static_cast<float*>(row) + column + kWidth, b);
+  } else {
+#if HEDDLE_ISA_LEVEL >= 3
+    _mm512_storeu_si512(static_cast<std::uint16_t*>(row) + column,
+                        (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+#endif
+  }
+}
+
+// What a row brings to the softmax of one step.
+struct SoftmaxRow {
+  float factor, bias, softcap;
+  float* m;
+  float* l;
+};
+
+// scores [kStepTiles * 64] of one row -> probabilities; updates m and l; returns what earlier sums must be multiplied by.
+// Tiles that are not active are neither read nor written.
+template <bool kIntScores, Math pv>
+inline float softmax_row(float* scores, void* probabilities, const Step& step, const bool* active,
+                         std::int64_t bits_row, const SoftmaxRow& row) {
+  constexpr int kVectors = kTileKeys / kWidth;
+  F top[4] = {negative_infinity(), negative_infinity(), negative_infinity(), negative_infinity()};
+  bool is_int = kIntScores;
+  float factor = row.factor, bias = row.bias;
+  for (int t = 0; t < step.tiles; ++t) {
+    if (!active[t]) continue;
+    float* s = scores + t * kTileKeys;
+    const float* key_scale = step.key_scale[t];
+    if (key_scale != nullptr || row.softcap > 0.0f) {  // scores that are not a multiple of the product: rewritten in place
+      for (int n = 0; n < kVectors; ++n) {
+        F x = load_scores<kIntScores>(s + n * kWidth);
+        if (key_scale != nullptr) x = x * load(key_scale + n * kWidth);
+        x = fma(x, set1(row.factor), set1(row.bias));
+        if (row.softcap > 0.0f) x = set1(row.softcap) * tanh(x * set1(1.0f / row.softcap));
+        store(s + n * kWidth, x);
+      }
+      is_int = false;
+      factor = 1.0f;
+      bias = 0.0f;
+    }
+    const std::uint64_t* bits = step.bits[t];
+    HEDDLE_UNROLL
+    for (int n = 0; n < kVectors; ++n) {
+      F x = kIntScores && is_int ? load_scores<kIntScores>(s + n * kWidth) : load(s + n * kWidth);
+      if (bits != nullptr) x = select(lane_bits(bits[bits_row], n), x, negative_infinity());
+      top[n % 4] = max(x, top[n % 4]);
+    }
+  }
+  const float highest = reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
+  const float candidate = highest == -__builtin_inff() ? highest : __builtin_fmaf(highest, factor, bias);
+  const float m_old = *row.m;
+  const float m = candidate > m_old ? candidate : m_old;
+  // A row that has seen nothing keeps m = -inf; any finite number in its place gives probabilities of 0.
+  const float base = m == -__builtin_inff() ? 0.0f : m;
+  const F f = set1(factor), shift = set1(bias - base);
+  F sum[2] = {};
+  for (int t = 0; t < step.tiles; ++t) {
+    if (!active[t]) continue;
+    const float* s = scores + t * kTileKeys;
+    const std::uint64_t* bits = step.bits[t];
+    HEDDLE_UNROLL
+    for (int n = 0; n < kVectors; n += 2) {
+      F p[2];
+      HEDDLE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float* at = s + (n + i) * kWidth;
+        const F x = kIntScores && is_int ? load_scores<kIntScores>(at) : load(at);
+        p[i] = exp2<pv == Math::kFloat32 ? 5 : 3>(fma(x, f, shift));
+        if (bits != nullptr) p[i] = select(lane_bits(bits[bits_row], n + i), p[i], F{});
+        sum[i] = sum[i] + p[i];
+      }
+      store_pair<pv>(probabilities, t * kTileKeys + n * kWidth, p[0], p[1]);
+    }
+  }
+  const float alpha = exp2<5>(set1(m_old - base))[0];
+  *row.l = *row.l * alpha + reduce_add(sum[0] + sum[1]);
+  *row.m = m;
+  return alpha;
+}
+
+}  // namespace heddle::host::HEDDLE_ISA
