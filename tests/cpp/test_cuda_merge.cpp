@@ -183,15 +183,15 @@ class Merge {
   DeviceBuffer device_outs_, device_lses_, device_out_, device_lse_;
 };
 
-void skip_without_hopper(bool& skip) {
+bool has_hopper() {
   const std::vector<Backend> backends = available_backends();
-  skip = std::find(backends.begin(), backends.end(), Backend::kSm90) == backends.end();
+  return std::find(backends.begin(), backends.end(), Backend::kSm90) != backends.end();
 }
 
-#define NEEDS_HOPPER()       \
-  bool skip = false;         \
-  skip_without_hopper(skip); \
-  if (skip) GTEST_SKIP() << "needs a GPU of compute capability 9.0; " << cuda::device_count() << " CUDA devices here"
+// The text tells ctest that the whole file was skipped.
+#define NEEDS_HOPPER() \
+  if (!has_hopper())   \
+  GTEST_SKIP() << "needs a GPU of compute capability 9.0; CUDA devices here: " << cuda::device_count()
 
 std::vector<Case> cases() {
   std::vector<Case> all;
@@ -346,14 +346,6 @@ TEST(CudaMerge, RefusesWhatItCannotRun) {
     EXPECT_EQ(error.code(), ErrorCode::kUnsupported);
     EXPECT_NE(std::string(error.what()).find("CUDA"), std::string::npos) << error.what();
   }
-}
-
-// Without a GPU too: a process that has no driver still loads the library and is told so.
-TEST(CudaDevices, AreCountedWithoutADriver) {
-  const int count = cuda::device_count();
-  EXPECT_GE(count, 0);
-  EXPECT_THROW(cuda::compute_capability(count), Error);
-  EXPECT_EQ(cudaPeekAtLastError(), cudaSuccess);
 }
 
 }  // namespace
