@@ -64,7 +64,8 @@ test-sanitize: $(STAMP)  ## the C++ tests under the address and undefined-behavi
 
 test-wheel: build  ## the wheel, in an environment that has nothing but numpy
 	rm -rf dist $(VENV)-wheel
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist . -C cmake.define.HEDDLE_CUDA=$(CUDA)
+	CMAKE_ARGS="-DHEDDLE_CUDA=$(CUDA) $(CMAKE_FLAGS)" $(BIN)/python -m pip wheel --quiet --disable-pip-version-check \
+	  --no-deps --no-build-isolation --wheel-dir dist .
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
 	cd $(VENV)-wheel && env -u PYTHONPATH bin/python -P ../tests/consumer/wheel_check.py
