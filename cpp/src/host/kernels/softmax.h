@@ -92,7 +92,7 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
       for (int i = 0; i < 2; ++i) {
         const float* at = s + (n + i) * kWidth;
         const F x = kIntScores && is_int ? load_scores<kIntScores>(at) : load(at);
-        p[i] = exp2<pv == Math::kFloat32 ? 5 : 3>(fma(x, f, shift));
+        p[i] = exp2<pv == Math::kFloat32 ? 5 : 4>(fma(x, f, shift));
         if (bits != nullptr) p[i] = select(lane_bits(bits[bits_row], n + i), p[i], F{});
         sum[i] = sum[i] + p[i];
       }
