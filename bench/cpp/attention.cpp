@@ -47,21 +47,18 @@ void prefill(benchmark::State& state, Type type, Mask mask, std::int64_t dim, st
     params.v_scales = v8->scales;
   }
 
-  for (auto _ : state) {
-    attention(params);
-    benchmark::ClobberMemory();
-  }
-
   const double flops =
       2.0 * visible_pairs(seq, seq, params.causal, params.selection) * kHeads * static_cast<double>(dim);
   const double bytes = static_cast<double>(seq * kHeads * dim) *
                        static_cast<double>(3 * size_of(params.q.dtype) + size_of(params.out.dtype));
   const Math products = type == Type::kFp32 ? Math::kFloat32 : Math::kBFloat16;
-  report(state, {.qk_flops = flops,
-                 .pv_flops = flops,
-                 .qk_math = type == Type::kInt8B ? Math::kInt8 : products,
-                 .pv_math = products,  // probabilities stay in 16 bits
-                 .bytes = bytes});
+  measure(state, Start::kWarm,
+          {.qk_flops = flops,
+           .pv_flops = flops,
+           .qk_math = type == Type::kInt8B ? Math::kInt8 : products,
+           .pv_math = products,  // probabilities stay in 16 bits
+           .bytes = bytes},
+          [&] { attention(params); });
 }
 
 }  // namespace
@@ -75,9 +72,7 @@ void register_attention() {
           if (mask == Mask::kWindow ? seq < 4096 : seq == 16384 && (mask == Mask::kFull || dim == 128)) continue;
           const std::string name = "prefill/" + to_string(type) + "/" + to_string(mask) + "/d" + std::to_string(dim) +
                                    "/s" + std::to_string(seq);
-          benchmark::RegisterBenchmark(name.c_str(), prefill, type, mask, dim, seq)
-              ->UseRealTime()
-              ->Unit(benchmark::kMillisecond);
+          add_case(name, [=](benchmark::State& state) { prefill(state, type, mask, dim, seq); });
         }
       }
     }

@@ -1,7 +1,9 @@
 // What the cases share: data, and the counters that every result carries.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <string>
 #include <vector>
@@ -42,9 +44,18 @@ struct Work {
 // Query-key pairs that are visible to one head.
 double visible_pairs(std::int64_t seq_q, std::int64_t seq_k, bool causal, const Selection& selection = {});
 
-// GFLOP/s, GB/s and `fraction`: the time that the measured limits allow over the time taken. The label says which limit
-// it is (products or memory) and which kernel ran.
-void report(benchmark::State& state, const Work& work);
+// Whether a case starts with its data in memory or with whatever the last call left in the caches.
+enum class Start { kCold, kWarm };
+
+// Times `call` and reports GFLOP/s, GB/s and `fraction`: the time that the measured limits allow over the time taken.
+// The label says which limit that is (products or memory) and which kernel ran.
+void measure(benchmark::State& state, Start start, const Work& work, const std::function<void()>& call);
+
+// Registers prefill/..., decode/... or merge/..., timed as measure() does.
+template <class Body>
+void add_case(const std::string& name, Body body) {
+  benchmark::RegisterBenchmark(name.c_str(), body)->UseManualTime()->Unit(benchmark::kMillisecond);
+}
 
 // One function a file.
 void register_attention();

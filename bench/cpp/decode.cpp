@@ -33,19 +33,16 @@ void decode_token(benchmark::State& state, CacheFormat format, std::int64_t batc
   const Tensor q = Tensor::random(dtype, {batch, 1, kQueryHeads, kDim}), out(dtype, {batch, 1, kQueryHeads, kDim});
   DecodeParams params{.q = q, .cache = &cache, .block_table = block_table, .seq_lens = seq_lens, .out = out};
 
-  for (auto _ : state) {
-    decode(params);
-    benchmark::ClobberMemory();
-  }
-
   // K and V as stored and K's scales; value norms are not read.
   double kv_bytes = 2.0 * static_cast<double>(kDim * size_of(cache.k().dtype));
   if (cache.k_scale().given() && cache.k_scale().numel() > 1) kv_bytes += sizeof(float);
   const double tokens = static_cast<double>(batch * keys * kKvHeads);
   const double flops = 2.0 * static_cast<double>(batch * keys * kQueryHeads * kDim);
-  report(state, {.qk_flops = flops,
-                 .pv_flops = flops,
-                 .bytes = tokens * kv_bytes + 2.0 * static_cast<double>(batch * kQueryHeads * kDim * size_of(dtype))});
+  measure(state, Start::kCold,
+          {.qk_flops = flops,
+           .pv_flops = flops,
+           .bytes = tokens * kv_bytes + 2.0 * static_cast<double>(batch * kQueryHeads * kDim * size_of(dtype))},
+          [&] { decode(params); });
 }
 
 }  // namespace
@@ -57,9 +54,7 @@ void register_decode() {
     for (const auto& [batch, keys] : {std::pair{1, 32768}, std::pair{8, 4096}}) {
       const std::string name =
           "decode/" + std::string(to_string(format)) + "/" + std::to_string(batch) + "x" + std::to_string(keys);
-      benchmark::RegisterBenchmark(name.c_str(), decode_token, format, batch, keys)
-          ->UseRealTime()
-          ->Unit(benchmark::kMillisecond);
+      add_case(name, [=](benchmark::State& state) { decode_token(state, format, batch, keys); });
     }
   }
 }

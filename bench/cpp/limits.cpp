@@ -19,32 +19,47 @@ constexpr int kRepeats = 7;  // the best counts: a limit is what the machine doe
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// Large enough that no cache of today's servers holds a useful part of it.
-constexpr std::int64_t kReadWords = (std::int64_t{1} << 30) / 8;
-volatile std::uint64_t sink;
-
 [[gnu::target_clones("avx512f", "avx2", "default")]] std::uint64_t sum(const std::uint64_t* words, std::int64_t count) {
   std::uint64_t total = 0;
   for (std::int64_t i = 0; i < count; ++i) total += words[i];
   return total;
 }
 
-double measure_read(int threads) {
-  const std::unique_ptr<std::uint64_t[]> words(new std::uint64_t[kReadWords]);
-  const std::int64_t share = kReadWords / threads;
+// A buffer that no cache holds a useful part of, read by all threads.
+class ReadBuffer {
+ public:
+  explicit ReadBuffer(int threads) : threads_(threads), words_(new std::uint64_t[kWords]) {
+#pragma omp parallel num_threads(threads_)
+    std::fill_n(mine(), share(), 1);  // first touched by the thread that reads it
+  }
+
+  double bytes() const { return static_cast<double>(share() * threads_) * 8; }
+  void read() const {
+#pragma omp parallel num_threads(threads_)
+    sink = sum(mine(), share());
+  }
+
+ private:
+  static constexpr std::int64_t kWords = (std::int64_t{1} << 30) / 8;
+  std::int64_t share() const { return kWords / threads_; }
+  std::uint64_t* mine() const { return words_.get() + share() * omp_get_thread_num(); }
+
+  inline static volatile std::uint64_t sink;
+  int threads_;
+  std::unique_ptr<std::uint64_t[]> words_;
+};
+
+const ReadBuffer& read_buffer() {
+  static const ReadBuffer buffer(num_threads());
+  return buffer;
+}
+
+double measure_read() {
   double best = 0.0;
-  for (int repeat = 0; repeat <= kRepeats; ++repeat) {
+  for (int repeat = 0; repeat < kRepeats; ++repeat) {
     const auto start = Clock::now();
-#pragma omp parallel num_threads(threads)
-    {
-      std::uint64_t* mine = words.get() + share * omp_get_thread_num();
-      if (repeat == 0) {
-        std::fill_n(mine, share, 1);  // first touch by the thread that reads
-      } else {
-        sink = sum(mine, share);
-      }
-    }
-    if (repeat > 0) best = std::max(best, static_cast<double>(share * threads * 8) / seconds_since(start));
+    read_buffer().read();
+    best = std::max(best, read_buffer().bytes() / seconds_since(start));
   }
   return best;
 }
@@ -89,7 +104,7 @@ Limits measure() {
   const int threads = num_threads();
   const PeakLoops& loops = peak_loops();
   Limits limits;
-  limits.read_bytes_per_second = measure_read(threads);
+  limits.read_bytes_per_second = measure_read();
   limits.fp32_flops = measure_peak(loops.fp32, threads);
   limits.bf16_flops = loops.bf16 ? measure_peak(loops.bf16, threads) : limits.fp32_flops;
   limits.int8_flops = loops.int8 ? measure_peak(loops.int8, threads) : limits.fp32_flops;
@@ -102,5 +117,7 @@ const Limits& limits() {
   static const Limits measured = measure();
   return measured;
 }
+
+void flush_caches() { read_buffer().read(); }
 
 }  // namespace heddle::bench

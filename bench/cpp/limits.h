@@ -19,4 +19,8 @@ struct Limits {
 
 const Limits& limits();
 
+// Reads enough that nothing of what was used before is left in a cache. Reads, since written lines would have to be
+// written back by whatever is timed next.
+void flush_caches();
+
 }  // namespace heddle::bench

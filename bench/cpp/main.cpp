@@ -4,6 +4,7 @@
 //   heddle_bench --benchmark_out=result.json --benchmark_out_format=json  a record of them
 //   OMP_NUM_THREADS=1 HEDDLE_ISA=avx2 heddle_bench                        fewer threads, older instructions
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -62,15 +63,25 @@ double visible_pairs(std::int64_t seq_q, std::int64_t seq_k, bool causal, const 
   return pairs;
 }
 
-void report(benchmark::State& state, const Work& work) {
-  using benchmark::Counter;
+void measure(benchmark::State& state, Start start, const Work& work, const std::function<void()>& call) {
+  using Clock = std::chrono::steady_clock;
   const Limits& limit = limits();
+  double total = 0.0;
+  for (auto _ : state) {
+    if (start == Start::kCold) flush_caches();
+    const auto begin = Clock::now();
+    call();
+    benchmark::ClobberMemory();
+    const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+    state.SetIterationTime(seconds);
+    total += seconds;
+  }
+  const double seconds = total / static_cast<double>(state.iterations());
   const double compute = work.qk_flops / limit.flops(work.qk_math) + work.pv_flops / limit.flops(work.pv_math);
   const double memory = work.bytes / limit.read_bytes_per_second;
-  const double calls = static_cast<double>(state.iterations());
-  state.counters["GFLOP/s"] = Counter((work.qk_flops + work.pv_flops) * 1e-9 * calls, Counter::kIsRate);
-  state.counters["GB/s"] = Counter(work.bytes * 1e-9 * calls, Counter::kIsRate);
-  state.counters["fraction"] = Counter(std::max(compute, memory) * calls, Counter::kIsRate);
+  state.counters["GFLOP/s"] = (work.qk_flops + work.pv_flops) * 1e-9 / seconds;
+  state.counters["GB/s"] = work.bytes * 1e-9 / seconds;
+  state.counters["fraction"] = std::max(compute, memory) / seconds;
   state.SetLabel(std::string(compute > memory ? "of products" : "of memory") + ", " + last_kernel());
 }
 

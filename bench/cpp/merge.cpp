@@ -14,14 +14,11 @@ void merge_parts(benchmark::State& state, DType dtype, std::int64_t parts) {
                out(dtype, {1, kTokens, kHeads, kDim}), lse(DType::kFloat32, {1, kHeads, kTokens});
   const MergeParams params{.outs = outs, .lses = lses, .out = out, .lse = lse};
 
-  for (auto _ : state) {
-    merge(params);
-    benchmark::ClobberMemory();
-  }
-
   const double rows = static_cast<double>(kTokens * kHeads), all = static_cast<double>(parts + 1);
-  report(state, {.pv_flops = 2.0 * static_cast<double>(parts) * rows * kDim,
-                 .bytes = rows * all * (kDim * static_cast<double>(size_of(dtype)) + sizeof(float))});
+  measure(state, Start::kCold,
+          {.pv_flops = 2.0 * static_cast<double>(parts) * rows * kDim,
+           .bytes = rows * all * (kDim * static_cast<double>(size_of(dtype)) + sizeof(float))},
+          [&] { merge(params); });
 }
 
 }  // namespace
@@ -31,9 +28,7 @@ void register_merge() {
     for (const std::int64_t parts : {2, 16}) {
       const std::string name =
           "merge/" + std::string(dtype == DType::kFloat32 ? "fp32" : "bf16") + "/p" + std::to_string(parts);
-      benchmark::RegisterBenchmark(name.c_str(), merge_parts, dtype, parts)
-          ->UseRealTime()
-          ->Unit(benchmark::kMillisecond);
+      add_case(name, [=](benchmark::State& state) { merge_parts(state, dtype, parts); });
     }
   }
 }
