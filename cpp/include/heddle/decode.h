@@ -11,26 +11,27 @@
 
 namespace heddle {
 
-// q [B, Sq, Hq, D], Sq >= 1 (speculative tokens, causal among themselves); out [B, Sq, Hq, Dv]; lse float32 [B, Hq, Sq].
-// block_table int32 [B, max_pages]; seq_lens int32 [B], the new tokens included. Table entries beyond a request's length may
-// hold anything. A request of length 0 gives out = 0 and lse = -inf; query i sees nothing when i + seq_len - Sq < 0.
+// q [B, Sq, Hq, D], Sq >= 1 (speculative tokens, causal among themselves); out [B, Sq, Hq, Dv]; lse float32 [B, Hq,
+// Sq]. block_table int32 [B, max_pages]; seq_lens int32 [B], the new tokens included. Table entries beyond a request's
+// length may hold anything. A request of length 0 gives out = 0 and lse = -inf; query i sees nothing when i + seq_len -
+// Sq < 0.
 struct DecodeParams {
-  TensorView q;
+  TensorView q{};
   KVCache* cache = nullptr;
-  TensorView block_table, seq_lens;
-  TensorView out;
-  TensorView lse;  // optional
+  TensorView block_table{}, seq_lens{};
+  TensorView out{};
+  TensorView lse{};  // optional
 
   bool causal = true;
-  std::optional<Window> window;
+  std::optional<Window> window{};
   float softcap = 0.0f;
-  std::optional<float> scale;
-  TensorView sinks;  // optional, float32 [Hq]
-  Selection selection;
+  std::optional<float> scale{};
+  TensorView sinks{};  // optional, float32 [Hq]
+  Selection selection{};
 
   Backend backend = Backend::kAuto;
-  Schedule schedule;
-  Stream stream;
+  Schedule schedule{};
+  Stream stream{};
 };
 
 HEDDLE_API void decode(const DecodeParams& params);

@@ -16,15 +16,15 @@ namespace heddle {
 
 // Keys p - left <= j <= p + right; std::nullopt is unbounded.
 struct Window {
-  std::optional<std::int64_t> left;
-  std::optional<std::int64_t> right;
+  std::optional<std::int64_t> left{};
+  std::optional<std::int64_t> right{};
 };
 
 namespace select {
 
 // The window, and also the first `n_global` keys.
 struct WindowGlobal {
-  Window window;
+  Window window{};
   std::int64_t n_global = 0;
 };
 
@@ -34,11 +34,11 @@ struct Strided {
   std::int64_t stride = 1;
 };
 
-// mask: bool [nQ, nK], [H, nQ, nK] or [B, H, nQ, nK] with H = 1, Hkv or Hq and B = 1 or the batch; block (I, J) holds the
-// queries I*block_q.. and the keys J*block_k.. (counted from the first of each request, not bottom-right).
-// nQ and nK are ceilings over the longest request.
+// mask: bool [nQ, nK], [H, nQ, nK] or [B, H, nQ, nK] with H = 1, Hkv or Hq and B = 1 or the batch; block (I, J) holds
+// the queries I*block_q.. and the keys J*block_k.. (counted from the first of each request, not bottom-right). nQ and
+// nK are ceilings over the longest request.
 struct BlockMask {
-  TensorView mask;
+  TensorView mask{};
   std::int64_t block_q = 128;
   std::int64_t block_k = 128;
 };
@@ -46,8 +46,8 @@ struct BlockMask {
 // indices: int32 [B, Hkv, n] for all queries of a request, or [B, Sq, Hkv, n] ([total_q, Hkv, n] in a packed batch);
 // ascending, without repeats, -1 pads at the end. lengths: int32, the shape of indices without its last axis; optional.
 struct Tokens {
-  TensorView indices;
-  TensorView lengths;
+  TensorView indices{};
+  TensorView lengths{};
 };
 
 }  // namespace select
