@@ -11,19 +11,19 @@
     cache = heddle.hf.HeddleCache(max_length=4096, format="int8-a")
     model.generate(input_ids, past_key_values=cache)
 
-register() makes heddle an attention implementation of transformers. options() changes what it does within a block: which
-keys are read, in which format. HeddleCache keeps the keys and values in paged heddle.KVCache pools, one a layer.
+register() makes heddle an attention implementation of transformers. options() changes what it does within a block:
+which keys are read, in which format. HeddleCache keeps the keys and values in paged heddle.KVCache pools, one a layer.
 
 Needs torch and transformers 5: pip install 'heddle-attention[demo]'.
 """
 
-from heddle._errors import missing_package
-
 try:
     import torch  # noqa: F401
-    from transformers import AttentionInterface, AttentionMaskInterface  # noqa: F401
-except ModuleNotFoundError as error:
-    raise missing_package("heddle.hf", error) from error
+    from transformers import AttentionMaskInterface  # noqa: F401
+except ImportError as error:
+    raise ModuleNotFoundError(
+        f"heddle.hf needs torch and transformers 5 ({error}): pip install 'heddle-attention[demo]'", name=error.name
+    ) from error
 
 from heddle.hf._attention import HeddleAttention, HeddleConfig, options, register
 from heddle.hf._cache import HeddleCache

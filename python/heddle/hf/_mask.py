@@ -1,9 +1,9 @@
 """What a model's mask means to heddle.
 
 transformers describes a mask by a function of positions and a 2-D padding mask, and lets each attention implementation
-turn the two into what it reads. heddle does causality, sliding windows and padding itself, so nothing of size Sq x Sk is
-made for those; any other mask (chunked, packed, blockwise, a caller's own) is materialized and read as a block mask of
-1 x 1 blocks.
+turn the two into what it reads. heddle does causality, sliding windows and padding itself, so nothing of size Sq x Sk
+is made for those; any other mask (chunked, packed, blockwise, a caller's own) is materialized and read as a block mask
+of 1 x 1 blocks.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def heddle_mask(
             HeddleNotImplementedError,
             "unsupported",
             "past_key_values",
-            f"the cache hands out keys up to position {kv_offset + kv_length} where {int(q_offset) + q_length} tokens exist, as "
-            "StaticCache does; allowed are DynamicCache and heddle.hf.HeddleCache",
+            f"the cache hands out keys up to position {kv_offset + kv_length} where {int(q_offset) + q_length} tokens "
+            "exist, as StaticCache does; allowed are DynamicCache and heddle.hf.HeddleCache",
         )
 
     valid = None
@@ -62,7 +62,7 @@ def heddle_mask(
         valid = F.pad(attention_mask.bool(), (0, max(missing, 0)))[:, kv_offset : kv_offset + kv_length]
         valid = None if valid.all() else valid
 
-    native = parts - sliding in ({_CAUSAL}, {_BIDIRECTIONAL}) and len(sliding) <= 1
+    native = parts == {_BIDIRECTIONAL} or (parts - sliding == {_CAUSAL} and len(sliding) <= 1)
     # A window counts positions, holes included; heddle removes the holes, so the two agree on contiguous tokens only.
     if native and not (sliding and valid is not None and not _contiguous(valid)):
         return valid
