@@ -54,16 +54,14 @@ Selection block_mask(py::object mask, py::object block) {
   } else {
     sides[0] = sides[1] = to_int(block, "block");
   }
-  return Selection::block_mask(array_of_mask.view, sides[0], sides[1],
-                               keep_alive(py::make_tuple(array_of_mask.object, array_of_mask.capsule)));
+  return Selection::block_mask(array_of_mask.view, sides[0], sides[1], keep_alive(array_of_mask));
 }
 
 Selection tokens(py::object indices, py::object lengths) {
   const Array array_of_indices = array(indices, "indices");
   const Array array_of_lengths = optional_array(lengths, "lengths");
   return Selection::tokens(array_of_indices.view, array_of_lengths.view,
-                           keep_alive(py::make_tuple(array_of_indices.object, array_of_indices.capsule,
-                                                     array_of_lengths.object, array_of_lengths.capsule)));
+                           keep_alive(array_of_indices, array_of_lengths));
 }
 
 }  // namespace

@@ -47,11 +47,12 @@ void check_rank(const char* argument, std::int64_t rank) {
   if (rank > kMaxRank) fail(ErrorCode::kShape, argument, text("rank ", rank, "; allowed are ranks up to ", kMaxRank));
 }
 
-// The Python error that is set, as one of ours: a library refused to hand out its memory.
+// A library refused to hand out its memory. Torch appends a stack trace to its reason; the first line says it.
 [[noreturn]] void fail_export(const char* argument, py::handle object, py::error_already_set& error) {
-  if (error.matches(PyExc_KeyboardInterrupt) || error.matches(PyExc_MemoryError)) throw error;
+  if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw error;
+  const auto reason = py::str(error.value()).cast<std::string>();
   fail(ErrorCode::kValue, argument,
-       text(describe(object), " that DLPack cannot export: ", py::str(error.value()).cast<std::string>()));
+       text(describe(object), " that DLPack cannot export: ", reason.substr(0, reason.find('\n'))));
 }
 
 // ---- numpy ----------------------------------------------------------------------------------------------------------
@@ -143,14 +144,23 @@ const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   return api != nullptr && api->dltensor_from_py_object_no_sync != nullptr ? api : nullptr;
 }
 
+// Of an element type that heddle does not know.
+std::string dtype_name(DLDataType dtype) {
+  constexpr std::array<std::pair<std::uint8_t, const char*>, 4> kCodes = {
+      {{kDLInt, "int"}, {kDLUInt, "uint"}, {kDLFloat, "float"}, {kDLComplex, "complex"}}};
+  for (const auto& [code, name] : kCodes) {
+    if (dtype.code == code && dtype.lanes == 1) return text(name, int{dtype.bits});
+  }
+  return text("DLPack code ", int{dtype.code}, ", ", int{dtype.bits}, " bits, ", dtype.lanes, " lanes");
+}
+
 TensorView view_of(const DLTensor& tensor, const char* argument) {
   TensorView view;
   const auto* known = std::ranges::find_if(kDTypes, [&](const DTypeName& n) {
     return n.code == tensor.dtype.code && n.bits == tensor.dtype.bits && tensor.dtype.lanes == 1;
   });
   if (known == kDTypes.end()) {
-    fail_dtype(argument, text("DLPack (code ", int{tensor.dtype.code}, ", ", int{tensor.dtype.bits}, " bits, ",
-                              tensor.dtype.lanes, " lanes)"));
+    fail_dtype(argument, dtype_name(tensor.dtype));
   }
   view.dtype = known->dtype;
   switch (tensor.device.device_type) {
@@ -363,8 +373,12 @@ Stream current_stream(const Array& array) {
   return stream;
 }
 
-std::shared_ptr<const void> keep_alive(py::object object) {
-  PyObject* held = object.release().ptr();
+std::shared_ptr<const void> keep_alive(const Array& array, const Array& another) {
+  py::list owners;
+  for (const Array* a : {&array, &another}) {
+    if (a->given()) owners.append(a->capsule ? a->capsule : a->object);
+  }
+  PyObject* held = owners.release().ptr();
   return {static_cast<const void*>(held), [held](const void*) {
             const py::gil_scoped_acquire gil;
             Py_DECREF(held);

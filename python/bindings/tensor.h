@@ -52,8 +52,8 @@ py::array numpy_view(const TensorView& view, py::handle owner);
 // The stream that the caller's library queues work on (CUDA), for the device of `array`.
 Stream current_stream(const Array& array);
 
-// Keeps Python objects alive from C++ that does not hold the GIL.
-std::shared_ptr<const void> keep_alive(py::object object);
+// Keeps the memory of arrays alive from C++ that does not hold the GIL.
+std::shared_ptr<const void> keep_alive(const Array& array, const Array& another = {});
 
 // "a numpy array", "a torch tensor", "list"
 std::string describe(py::handle object);

@@ -83,7 +83,7 @@ void device(std::string_view argument, const TensorView& view, Device expected, 
 
 void contiguous_rows(std::string_view argument, const TensorView& view) {
   const int last = view.rank - 1;
-  if (last < 0 || view.shape[last] <= 1 || view.strides[last] == 1) return;
+  if (last < 0 || view.numel() == 0 || view.shape[last] <= 1 || view.strides[last] == 1) return;
   fail(ErrorCode::kLayout, argument,
        text("the last axis has stride ", view.strides[last], "; allowed is 1 (contiguous)"));
 }
