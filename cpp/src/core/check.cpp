@@ -89,7 +89,7 @@ void contiguous_rows(std::string_view argument, const TensorView& view) {
 }
 
 void writable(std::string_view argument, const TensorView& view) {
-  for (int i = 0; i < view.rank; ++i) {
+  for (int i = 0; i < view.rank && view.numel() > 0; ++i) {
     if (view.shape[i] > 1 && view.strides[i] == 0) {
       fail(ErrorCode::kLayout, argument, text("axis ", i, " has stride 0, but it is written; allowed is any other"));
     }
