@@ -25,9 +25,9 @@ struct AttentionParams {
 
   bool causal = false;
   std::optional<Window> window{};
-  float softcap = 0.0f;          // > 0: s <- softcap * tanh(s / softcap)
-  std::optional<float> scale{};  // default 1 / sqrt(D)
-  TensorView sinks{};            // optional, float32 [Hq]: a logit that only the denominator sees
+  double softcap = 0.0;           // > 0: s <- softcap * tanh(s / softcap)
+  std::optional<double> scale{};  // default 1 / sqrt(D)
+  TensorView sinks{};             // optional, float32 [Hq]: a logit that only the denominator sees
   Selection selection{};
   TensorView cu_seqlens_q{}, cu_seqlens_k{};
 

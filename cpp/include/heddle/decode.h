@@ -24,8 +24,8 @@ struct DecodeParams {
 
   bool causal = true;
   std::optional<Window> window{};
-  float softcap = 0.0f;
-  std::optional<float> scale{};
+  double softcap = 0.0;
+  std::optional<double> scale{};
   TensorView sinks{};  // optional, float32 [Hq]
   Selection selection{};
 

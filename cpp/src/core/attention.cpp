@@ -162,11 +162,11 @@ void set_options(const Params& params, Problem& problem) {
     }
   }
   check::finite("softcap", params.softcap);
-  if (params.softcap < 0.0f) {
+  if (params.softcap < 0.0) {
     check::fail(ErrorCode::kValue, "softcap", check::text(params.softcap, "; allowed are 0 (none) and above"));
   }
   problem.softcap = params.softcap;
-  problem.scale = params.scale.value_or(1.0f / std::sqrt(static_cast<float>(problem.q.dim)));
+  problem.scale = params.scale.value_or(1.0 / std::sqrt(static_cast<double>(problem.q.dim)));
   check::finite("scale", problem.scale);
   check::at_least("schedule", params.schedule.split_size, 0, "split_size");
   if (const TensorView& sinks = params.sinks; sinks.given()) {

@@ -101,7 +101,7 @@ void at_least(std::string_view argument, std::int64_t value, std::int64_t least,
   fail(ErrorCode::kValue, argument, text(named(what), value, "; allowed are ", least, " and above"));
 }
 
-void finite(std::string_view argument, float value, std::string_view what) {
+void finite(std::string_view argument, double value, std::string_view what) {
   if (std::isfinite(value)) return;
   fail(ErrorCode::kValue, argument, text(named(what), value, "; allowed are finite numbers"));
 }

@@ -42,7 +42,7 @@ void writable(std::string_view argument, const TensorView& view);
 
 // `what` names the number within the argument ("left") and may be empty.
 void at_least(std::string_view argument, std::int64_t value, std::int64_t least, std::string_view what = {});
-void finite(std::string_view argument, float value, std::string_view what = {});
+void finite(std::string_view argument, double value, std::string_view what = {});
 
 // An int32 array: given, on `device` (where `owner` lies), contiguous along its last axis.
 void index_array(std::string_view argument, const TensorView& view, Device device, std::string_view owner);

@@ -12,8 +12,9 @@
 
 namespace heddle {
 
-// Rows of a tensor by (page, head, slot). Contiguous batches are pages too: page = the request, slot = the token; a packed batch is
-// one page whose slots run over all tokens. Strides in bytes for data, in elements for the float arrays.
+// Rows of a tensor by (page, head, slot). Contiguous batches are pages too: page = the request, slot = the token; a
+// packed batch is one page whose slots run over all tokens. Strides in bytes for data, in elements for the float
+// arrays.
 struct Rows {
   std::byte* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -61,8 +62,8 @@ struct Problem {
 
   bool causal = false;
   Window window;  // both unbounded: none
-  float softcap = 0.0f;
-  float scale = 1.0f;
+  double softcap = 0.0;
+  double scale = 1.0;
   const float* sinks = nullptr;  // [num_q_heads]
   const Selection* selection = nullptr;
   bool packed = false;

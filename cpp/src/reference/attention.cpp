@@ -81,7 +81,7 @@ void attend(const Problem& p, std::int64_t request, std::int64_t q_head, std::in
   std::vector<double> scores;
   for (const std::int64_t key : keys) {
     double s = p.scale * dot(q, read_key_row(p, p.k, r, kv_head, key));
-    if (p.softcap > 0.0f) s = p.softcap * std::tanh(s / p.softcap);
+    if (p.softcap > 0.0) s = p.softcap * std::tanh(s / p.softcap);
     scores.push_back(s);
     if (!(s <= max)) max = s;  // a NaN that is seen must show
   }
