@@ -3,7 +3,7 @@
 
 namespace heddle::bench {
 
-// Element type that a product runs in.
+// Element type that a product runs in, the slowest first.
 enum class Math { kFloat32, kBFloat16, kInt8 };
 
 struct Limits {

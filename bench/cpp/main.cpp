@@ -5,63 +5,15 @@
 //   OMP_NUM_THREADS=1 HEDDLE_ISA=avx2 heddle_bench                        fewer threads, older instructions
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <random>
+#include <string>
 #include <string_view>
-#include <variant>
 
 #include "bench.h"
 
 #include "heddle/version.h"
 
 namespace heddle::bench {
-
-Tensor::Tensor(DType dtype, std::initializer_list<std::int64_t> shape) : view_(nullptr, dtype, shape) {
-  bytes_.resize(static_cast<std::size_t>(view_.numel()) * size_of(dtype));
-  view_.data = bytes_.data();
-}
-
-Tensor Tensor::random(DType dtype, std::initializer_list<std::int64_t> shape) {
-  Tensor tensor(dtype, shape);
-  // A period of numbers, repeated: drawing hundreds of millions would take longer than the benchmark.
-  static const std::vector<float> values = [] {
-    std::vector<float> drawn(1048573);  // a prime, so that no row repeats another
-    std::mt19937 random(0);
-    std::normal_distribution<float> normal;
-    for (float& x : drawn) x = normal(random);
-    return drawn;
-  }();
-  const std::int64_t count = tensor.view().numel();
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float x = values[static_cast<std::size_t>(i) % values.size()];
-    if (dtype == DType::kFloat32) {
-      tensor.as<float>()[i] = x;
-    } else {
-      std::uint32_t bits = 0;  // to bfloat16 by truncation
-      std::memcpy(&bits, &x, sizeof bits);
-      tensor.as<std::uint16_t>()[i] = static_cast<std::uint16_t>(bits >> 16);
-    }
-  }
-  return tensor;
-}
-
-double visible_pairs(std::int64_t seq_q, std::int64_t seq_k, bool causal, const Selection& selection) {
-  const auto* window = std::get_if<select::WindowGlobal>(&selection.kind());
-  double pairs = 0.0;
-  for (std::int64_t i = 0; i < seq_q; ++i) {
-    const std::int64_t at = i + seq_k - seq_q;
-    const std::int64_t end = causal ? std::min(seq_k, at + 1) : seq_k;
-    std::int64_t first = 0, globals = 0;
-    if (window != nullptr && window->window.left) {
-      first = std::max<std::int64_t>(0, at - *window->window.left);
-      globals = std::min({window->n_global, first, end});
-    }
-    pairs += static_cast<double>(std::max<std::int64_t>(0, end - first) + globals);
-  }
-  return pairs;
-}
 
 void measure(benchmark::State& state, Start start, const Work& work, const std::function<void()>& call) {
   using Clock = std::chrono::steady_clock;
@@ -93,8 +45,7 @@ int main(int argc, char** argv) {
     return std::any_of(argv + 1, argv + argc, [&](std::string_view arg) { return arg.substr(0, flag.size()) == flag; });
   };
   const bool measures = !asks_for("--help") && !asks_for("--benchmark_list_tests");
-  bench::register_attention();
-  bench::register_decode();
+  bench::register_cases();
   bench::register_merge();
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
