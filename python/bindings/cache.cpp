@@ -41,6 +41,7 @@ py::object append(SharedCache& self, py::object k_, py::object v_, py::object bl
   require_same_kind(v, "v", k, "k");
   const Array block_table = array(block_table_, "block_table"), start = array(start_, "start");
   const Array cu_seqlens = optional_array(cu_seqlens_, "cu_seqlens");
+  check::device("k", k.view, self.cache.config().device, "the cache");
   check::rank("block_table", block_table.view, 2);
   const std::array<std::int64_t, 1> shape{block_table.view.shape[0]};
   const Array seq_lens = empty(shape, DType::kInt32, k);

@@ -222,12 +222,12 @@ py::object dlpack_capsule(py::handle object, int stream) {
 Array from_dlpack(py::handle object, const char* argument, int stream) {
   Array result;
   try {
-    result.capsule = dlpack_capsule(object, stream);
+    result.holder = dlpack_capsule(object, stream);
   } catch (py::error_already_set& error) {
     fail_export(argument, object, error);
   }
   // The capsule stays ours and unconsumed: dropping it returns the tensor to its producer.
-  PyObject* capsule = result.capsule.ptr();
+  PyObject* capsule = result.holder.ptr();
   if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
     const auto& managed = *static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
     if (managed.version.major != DLPACK_MAJOR_VERSION) {
@@ -314,7 +314,11 @@ Array array(py::handle object, const char* argument) {
   if (torch != nullptr && PyType_IsSubtype(Py_TYPE(object.ptr()), torch)) return from_torch(object, argument);
   if (attribute(object, dlpack)) return from_dlpack(object, argument, kLegacyDefaultStream);
   if (PyObject_CheckBuffer(object.ptr()) != 0 || attribute(object, array_interface)) {
-    return from_numpy(py::array::ensure(object), argument);
+    if (const auto over = py::array::ensure(object)) {
+      Array result = from_numpy(over, argument);
+      result.holder = std::exchange(result.object, py::reinterpret_borrow<py::object>(object));
+      return result;
+    }
   }
   fail(ErrorCode::kDType, argument,
        text("got ", describe(object), "; allowed are numpy arrays, torch tensors and objects with __dlpack__"));
@@ -376,7 +380,7 @@ Stream current_stream(const Array& array) {
 std::shared_ptr<const void> keep_alive(const Array& array, const Array& another) {
   py::list owners;
   for (const Array* a : {&array, &another}) {
-    if (a->given()) owners.append(a->capsule ? a->capsule : a->object);
+    if (a->given()) owners.append(a->holder ? a->holder : a->object);
   }
   PyObject* held = owners.release().ptr();
   return {static_cast<const void*>(held), [held](const void*) {

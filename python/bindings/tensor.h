@@ -28,7 +28,7 @@ struct Array {
   bool writable = true;
   const DLPackExchangeAPI* exchange = nullptr;  // torch >= 2.10: conversions without a call into Python
   py::object object;
-  py::object capsule;  // what __dlpack__() returned, if it was asked
+  py::object holder;  // of the memory, if `object` itself is not: a DLPack capsule, a numpy array over a buffer
 
   bool given() const { return view.given(); }
 };
