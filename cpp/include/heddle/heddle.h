@@ -1,6 +1,7 @@
 // heddle: attention for long-context inference.
 #pragma once
 
+#include "heddle/advise.h"
 #include "heddle/attention.h"
 #include "heddle/backend.h"
 #include "heddle/cache.h"
