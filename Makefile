@@ -15,6 +15,8 @@ APT_PACKAGES := g++ cmake ninja-build ccache libgtest-dev libbenchmark-dev
 # Objects are shared between ./build, ./build-sanitize and ./build-wheel through the compiler cache.
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
+# One name for the compiler in all three, since the cache tells c++ from g++.
+export CXX
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)/$(BUILD)/python
 
