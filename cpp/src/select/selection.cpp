@@ -1,26 +1,36 @@
-#include "heddle/select.h"
-
+#include <algorithm>
 #include <utility>
 
+#include "core/check.h"
 #include "heddle/error.h"
+#include "heddle/select.h"
 
 namespace heddle {
 
+namespace {
+
+// Farther than any key: as good as unbounded, and positions plus or minus it do not overflow.
+constexpr std::int64_t kFar = std::int64_t{1} << 40;
+
+}  // namespace
+
 Selection Selection::window(std::optional<std::int64_t> left, std::optional<std::int64_t> right,
                             std::int64_t n_global) {
-  if (left && *left < 0) throw Error(ErrorCode::kValue, "left", "got " + std::to_string(*left) + "; allowed are None and 0 or more");
-  if (right && *right < 0) throw Error(ErrorCode::kValue, "right", "got " + std::to_string(*right) + "; allowed are None and 0 or more");
-  if (n_global < 0) throw Error(ErrorCode::kValue, "n_global", "got " + std::to_string(n_global) + "; allowed are 0 or more");
+  if (left) check::at_least("left", *left, 0);
+  if (right) check::at_least("right", *right, 0);
+  check::at_least("n_global", n_global, 0);
+  if (left) left = std::min(*left, kFar);
+  if (right) right = std::min(*right, kFar);
   Selection s;
-  s.kind_ = select::WindowGlobal{{left, right}, n_global};
+  s.kind_ = select::WindowGlobal{{left, right}, std::min(n_global, kFar)};
   return s;
 }
 
 Selection Selection::strided(std::int64_t width, std::int64_t stride) {
-  if (width < 0) throw Error(ErrorCode::kValue, "width", "got " + std::to_string(width) + "; allowed are 0 or more");
-  if (stride < 1) throw Error(ErrorCode::kValue, "stride", "got " + std::to_string(stride) + "; allowed are 1 or more");
+  check::at_least("width", width, 0);
+  check::at_least("stride", stride, 1);
   Selection s;
-  s.kind_ = select::Strided{width, stride};
+  s.kind_ = select::Strided{std::min(width, kFar), std::min(stride, kFar)};
   return s;
 }
 
@@ -46,7 +56,8 @@ Selection Selection::block_mask(TensorView mask, std::int64_t block_q, std::int6
 Selection Selection::tokens(TensorView indices, TensorView lengths, std::shared_ptr<const void> owner) {
   if (indices.rank != 3 && indices.rank != 4) {
     throw Error(ErrorCode::kShape, "indices",
-                "got rank " + std::to_string(indices.rank) + "; allowed are [B, Hkv, n], [B, Sq, Hkv, n] and [total_q, Hkv, n]");
+                "got rank " + std::to_string(indices.rank) +
+                    "; allowed are [B, Hkv, n], [B, Sq, Hkv, n] and [total_q, Hkv, n]");
   }
   if (indices.dtype != DType::kInt32) {
     throw Error(ErrorCode::kDType, "indices", "got " + std::string(to_string(indices.dtype)) + "; allowed is int32");
