@@ -67,7 +67,8 @@ Threads of the host backend: those of set_num_threads, else OpenMP's own number 
       },
       py::arg("n"), R"(set_num_threads(n)
 
-Sets the threads of the host backend for the whole process; 0 returns to OpenMP's own number.)");
+Sets the threads of the host backend for the whole process; 0 returns to OpenMP's own number. A forked child starts with 1:
+OpenMP's pool does not survive a fork.)");
   m.def("host_isa", [] { return std::string(host_isa()); }, R"(host_isa() -> str
 
 The instruction set that the host backend runs: "amx", "avx512_bf16", "avx512", "avx2" or "portable".)");

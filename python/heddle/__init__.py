@@ -5,6 +5,8 @@ Exact attention over contiguous, packed and paged keys and values (attention, de
 the kind of arrays out: numpy arrays, torch tensors, and anything that speaks DLPack, without copies.
 """
 
+import os
+
 from heddle import select
 from heddle._attention import attention, decode, merge
 from heddle._core import (
@@ -29,6 +31,9 @@ from heddle._errors import (
     HeddleValueError,
 )
 from heddle._quantize import quantize
+
+# A forked child has no threads but its own, and OpenMP would wait for the pool it had before: one thread is what works.
+os.register_at_fork(after_in_child=lambda: set_num_threads(1))
 
 __all__ = [
     "HeddleError",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from heddle import _core
-from heddle._core import KVCache, QuantizedTensor, Schedule, Selection
+from heddle._core import KVCache, Schedule, Selection
 from heddle._errors import HeddleValueError, refuse
 from heddle._quantize import quantize_operands
 
@@ -204,7 +204,8 @@ def _stacked(parts: Any, argument: str) -> Any:
 
 
 def _like(result: Any, q: Any) -> Any:
-    """The result in q's dtype."""
-    if isinstance(q, QuantizedTensor) or result.dtype == q.dtype:
+    """The result in q's dtype, if q's library tells it."""
+    dtype = getattr(q, "dtype", result.dtype)
+    if result.dtype == dtype:
         return result
-    return result.astype(q.dtype) if isinstance(result, np.ndarray) else result.to(q.dtype)
+    return result.astype(dtype) if isinstance(result, np.ndarray) else result.to(dtype)
