@@ -1,8 +1,8 @@
 """heddle: attention for long-context inference.
 
 Exact attention over contiguous, packed and paged keys and values (attention, decode), selections of keys
-(heddle.select), quantized keys and values (quantize, KVCache), and the merge of partial results (merge). Arrays in decide
-the kind of arrays out: numpy arrays, torch tensors, and anything that speaks DLPack, without copies.
+(heddle.select), quantized keys and values (quantize, KVCache), and the merge of partial results (merge). Arrays in
+decide the kind of arrays out: numpy arrays, torch tensors, and anything that speaks DLPack, without copies.
 """
 
 import os
@@ -31,21 +31,25 @@ from heddle._errors import (
     HeddleValueError,
 )
 from heddle._quantize import quantize
+from heddle.advise import Advice, Machine, advise
 
 # A forked child has no threads but its own, and OpenMP would wait for the pool it had before: one thread is what works.
 os.register_at_fork(after_in_child=lambda: set_num_threads(1))
 
 __all__ = [
+    "Advice",
     "HeddleError",
     "HeddleNotImplementedError",
     "HeddleRuntimeError",
     "HeddleTypeError",
     "HeddleValueError",
     "KVCache",
+    "Machine",
     "QuantizedTensor",
     "Schedule",
     "Selection",
     "__version__",
+    "advise",
     "attention",
     "available_backends",
     "available_host_isas",

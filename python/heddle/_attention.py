@@ -43,12 +43,13 @@ def attention(
     strides, as long as the last axis is contiguous. bfloat16 and FP8 numpy arrays are those of ml_dtypes.
 
     Args:
-        q: queries [B, Sq, Hq, D]; float32, float16 or bfloat16 (float64 too with backend="reference"), or a QuantizedTensor.
+        q: queries [B, Sq, Hq, D]; float32, float16 or bfloat16 (float64 too with backend="reference"), or a
+            QuantizedTensor.
         k: keys [B, Sk, Hkv, D], of q's dtype or a QuantizedTensor. Query head h reads KV head h // (Hq // Hkv).
         v: values [B, Sk, Hkv, Dv], likewise.
         causal: query i sees keys j <= i + Sk - Sq: aligned at the bottom right.
-        window: (left, right): keys within [p - left, p + right] of p = i + Sk - Sq; None on a side is unbounded; a number
-            w is (w, 0).
+        window: (left, right): keys within [p - left, p + right] of p = i + Sk - Sq; None on a side is unbounded; a
+            number w is (w, 0).
         softcap: c > 0 turns every score s into c * tanh(s / c).
         scale: of the scores; 1 / sqrt(D) unless given.
         sinks: float32 [Hq]: a logit per query head that adds exp(sink) to the softmax denominator only.
@@ -56,8 +57,8 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1]: a packed batch. Request b has the tokens cu_seqlens[b] up to
             cu_seqlens[b + 1] of q [total_q, Hq, D] and of k and v [total_k, Hkv, D].
         format: quantize q, k and v on the way: "int8-baseline" (one scale each), "int8-a" (q and k one for every
-            `partition` tokens of a head, v one), "int8-b" (q one a token, k and v one each) or "fp8" (k and v E4M3, one scale
-            each, q as it is). The result has q's dtype; an `out` for an int8 format is float32.
+            `partition` tokens of a head, v one), "int8-b" (q one a token, k and v one each) or "fp8" (k and v E4M3,
+            one scale each, q as it is). The result has q's dtype; an `out` for an int8 format is float32.
         partition: tokens that share a scale, for "int8-a".
         smooth: with a format: subtract each head's mean key before quantizing.
         return_lse: also return lse.
@@ -68,8 +69,9 @@ def attention(
 
     Returns:
         out [B, Sq, Hq, Dv] (packed: [total_q, Hq, Dv]), an array of the kind and on the device of q, of q's dtype
-        (float32 if q is a QuantizedTensor); with return_lse the pair of it and lse, float32 [B, Hq, Sq] ([Hq, total_q]): the natural
-        logarithm of each row's denominator. A row that sees no key gives 0 and lse -inf (its sink, with sinks).
+        (float32 if q is a QuantizedTensor); with return_lse the pair of it and lse, float32 [B, Hq, Sq] (packed:
+        [Hq, total_q]): the natural logarithm of each row's denominator. A row that sees no key gives 0 and lse -inf
+        (its sink, with sinks).
 
     Raises:
         HeddleValueError: shapes, strides, devices or numbers that do not fit; .argument names which.
@@ -139,8 +141,8 @@ def decode(
     Args:
         q: [B, Sq, Hq, D], Sq >= 1 (speculative tokens, causal among themselves); float32, float16 or bfloat16.
         cache: holds the keys and values, the new tokens' included (KVCache.append).
-        block_table: int32 [B, max_pages]: token t of request b lies in page block_table[b, t // page_size]. Entries beyond a
-            request's length may be anything.
+        block_table: int32 [B, max_pages]: token t of request b lies in page block_table[b, t // page_size]. Entries
+            beyond a request's length may be anything.
         seq_lens: int32 [B]: tokens of each request, the new ones included.
 
     The other arguments are those of attention(); positions are those of the request, so query i stands at
@@ -151,8 +153,8 @@ def decode(
         length 0 gives 0 and lse -inf.
 
     Raises:
-        HeddleValueError: shapes or numbers that do not fit, lengths beyond the table (code "capacity"), page ids outside
-            the cache.
+        HeddleValueError: shapes or numbers that do not fit, lengths beyond the table (code "capacity"), page ids
+            outside the cache.
         HeddleTypeError, HeddleNotImplementedError: as attention().
     """
     return _core.decode(
@@ -179,8 +181,8 @@ def merge(outs: Any, lses: Any, *, backend: str | None = None) -> tuple[Any, Any
     m = max lse_p; out = sum exp(lse_p - m) out_p / sum exp(lse_p - m); lse = m + log sum exp(lse_p - m).
 
     Args:
-        outs: P partial outputs as attention() returns them: one array [P, B, S, H, Dv] or [P, total, H, Dv], or a sequence of P
-            arrays (which is copied into one).
+        outs: P partial outputs as attention() returns them: one array [P, B, S, H, Dv] or [P, total, H, Dv], or a
+            sequence of P arrays (which is copied into one).
         lses: their lse, float32 [P, B, H, S] or [P, H, total], or a sequence. A part with lse -inf does not
             contribute, whatever its output holds.
         backend: as for attention().

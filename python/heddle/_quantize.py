@@ -21,8 +21,8 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantizes x symmetrically to INT8 or FP8 E4M3.
 
-    x_q = clamp(round_half_even(x / scale), -127, 127) with scale = max|x| / 127 over its group; for fp8 the largest value is
-    448 and rounding is to nearest even. A group of zeros has scale 0.
+    x_q = clamp(round_half_even(x / scale), -127, 127) with scale = max|x| / 127 over its group; for fp8 the largest
+    value is 448 and rounding is to nearest even. A group of zeros has scale 0.
 
     Args:
         x: float32, float16 or bfloat16, [B, S, H, D] or packed [total, H, D]; finite.

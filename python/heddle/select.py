@@ -1,8 +1,8 @@
 """Which keys a query reads, beyond what `causal` and `window` say.
 
-Each function returns a Selection for the argument `selection` of heddle.attention and heddle.decode. Query i of a request
-with Sq queries and Sk keys stands at position p = i + Sk - Sq; a key is read if causal, window and the selection all
-allow it.
+Each function returns a Selection for the argument `selection` of heddle.attention and heddle.decode. Query i of a
+request with Sq queries and Sk keys stands at position p = i + Sk - Sq; a key is read if causal, window and the
+selection all allow it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def block_mask(mask: Any, block: int | tuple[int, int] = (128, 128)) -> Selectio
         block: (queries, keys) of a block. Block (I, J) holds the queries I * block[0] and on and the keys
             J * block[1] and on, counted from the first of each request.
 
-    Raises HeddleTypeError for another dtype, HeddleValueError for a wrong rank or block; the call that uses the selection
-    checks the shape.
+    Raises HeddleTypeError for another dtype, HeddleValueError for a wrong rank or block; the call that uses the
+    selection checks the shape.
     """
     return _core.select_block_mask(mask, block)
 

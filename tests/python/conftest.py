@@ -1,7 +1,7 @@
-import arrays
 import numpy as np
 import pytest
 
+import arrays
 import heddle
 
 

@@ -6,7 +6,10 @@ import numpy as np
 
 
 def visible(sq, sk, *, causal=False, window=None, n_global=0, strided=None):
-    """bool [Sq, Sk]: which keys a query may read. window (left, right), with the first n_global keys; strided (width, stride)."""
+    """bool [Sq, Sk]: which keys a query may read.
+
+    window is (left, right), and the first n_global keys beside it; strided is (width, stride).
+    """
     p = np.arange(sq)[:, None] + sk - sq
     j = np.arange(sk)[None, :]
     seen = np.ones((sq, sk), bool)

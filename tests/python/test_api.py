@@ -1,14 +1,14 @@
 """What the public functions return, against the definition in float64 and against PyTorch."""
 
-import arrays
-import formula
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from arrays import address, normal, to_float64, to_torch
 
+import arrays
+import formula
 import heddle
+from arrays import address, normal, to_float64, to_torch
 
 
 def check(actual, expected, dtype):
@@ -201,9 +201,7 @@ def test_schedules_and_splits_agree(rng):
 def test_merge(rng, backend, kind):
     q, k, v = normal(rng, 2, 6, 4, 32), normal(rng, 2, 50, 2, 32), normal(rng, 2, 50, 2, 32)
     cuts = [slice(0, 13), slice(13, 13), slice(13, 50)]
-    parts = [
-        heddle.attention(kind(q), kind(k[:, c]), kind(v[:, c]), return_lse=True, backend=backend) for c in cuts
-    ]
+    parts = [heddle.attention(kind(q), kind(k[:, c]), kind(v[:, c]), return_lse=True, backend=backend) for c in cuts]
     outs, lses = [p[0] for p in parts], [p[1] for p in parts]
     outs[1][...] = float("nan")  # a part that saw nothing does not count
     expected, expected_lse = formula.attention(q, k, v)
@@ -345,7 +343,7 @@ def filled(rng, kind, format, seq_lens, page_size, **options):
 @pytest.mark.parametrize("sq", [1, 3])
 def test_decode(rng, backend, kind, format, sq):
     seq_lens = np.array([33, 1, 0, 64, 2], np.int32)
-    cache, table, k, v, cu = filled(rng, kind, format, seq_lens, page_size=8)
+    cache, table, k, _, cu = filled(rng, kind, format, seq_lens, page_size=8)
     q = normal(rng, 5, sq, 6, 32)
     out, lse = heddle.decode(kind(q), cache, kind(table), kind(seq_lens), return_lse=True, backend=backend)
     assert type(out) is type(kind(q))
@@ -366,7 +364,9 @@ def test_decode(rng, backend, kind, format, sq):
         own = kb.transpose(1, 0, 2)[None], vb.transpose(1, 0, 2)[None]
         expected, expected_lse = formula.attention(q[b : b + 1], *own, seen)
         # P is kept in 16 bits beside 8-bit values; the rest is fp32 arithmetic on what is stored.
-        np.testing.assert_allclose(to_float64(out)[b : b + 1], expected, atol=1e-2 if cache.v_scale is not None else 1e-4)
+        np.testing.assert_allclose(
+            to_float64(out)[b : b + 1], expected, atol=1e-2 if cache.v_scale is not None else 1e-4
+        )
         check_lse(lse[b : b + 1], expected_lse)
         # What is stored is what was given, within half a step of its format.
         given = k[cu[b] : cu[b + 1]].transpose(1, 0, 2)
@@ -417,7 +417,7 @@ def test_cache_describes_itself(rng):
 
 
 def test_value_norms_are_those_of_the_values_given(rng):
-    cache, table, _, v, cu = filled(rng, lambda x: x, "int8-b", [19], page_size=4)
+    cache, table, _, v, _ = filled(rng, lambda x: x, "int8-b", [19], page_size=4)
     norms = next(logical(cache.value_norms[..., None], table, [19], 4))[..., 0]
     np.testing.assert_allclose(norms, np.linalg.norm(v, axis=-1).T, rtol=1e-6)
 

@@ -4,15 +4,15 @@ import contextlib
 import sys
 import tracemalloc
 
-import arrays
-import formula
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from arrays import Producer, address, normal, to_float64, to_torch
 
+import arrays
+import formula
 import heddle
+from arrays import Producer, address, normal, to_float64, to_torch
 
 
 class OldTorch(torch.Tensor):

@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from arrays import Producer, normal, to_torch
 
 import heddle
+from arrays import Producer, normal, to_torch
 from heddle import HeddleNotImplementedError, HeddleTypeError, HeddleValueError
 
 RNG = np.random.default_rng(5)
@@ -30,6 +30,11 @@ def tokens(*lists, lengths=None):
     """One list for both requests and both heads."""
     indices = np.broadcast_to(int32(*lists), (2, 2, len(lists)))
     return {"selection": heddle.select.tokens(indices, None if lengths is None else np.full((2, 2), lengths, np.int32))}
+
+
+TORCH = {"q": to_torch(Q), "k": to_torch(K), "v": to_torch(V)}
+RECORDED = {name: x.clone().requires_grad_() for name, x in TORCH.items()} | {"out": None}
+MASK, LIST, ONE = np.ones((2, 2), bool), np.zeros((1, 2, 3), np.int32), np.ones(1, np.float32)
 
 
 def case(title, argument, exception, code, given, allowed, /, **changes):
@@ -59,7 +64,15 @@ ATTENTION = [
     case("integers", "q", TYPE, "dtype", "int32", "float32", q=Q.astype(np.int32)),
     case("int8 without scales", "k_scales.scale", VALUE, "shape", "not given", "needed", k=K.astype(np.int8)),
     case("unknown dtype", "q", TYPE, "dtype", "uint16", "float32", q=Q.astype(np.uint16)),
-    case("unknown torch dtype", "sinks", TYPE, "dtype", "complex64", "float32", sinks=torch.zeros(4, dtype=torch.complex64)),
+    case(
+        "unknown torch dtype",
+        "sinks",
+        TYPE,
+        "dtype",
+        "complex64",
+        "float32",
+        sinks=torch.zeros(4, dtype=torch.complex64),
+    ),
     case("byte order", "v", TYPE, "dtype", "big-endian", "float32", v=V.astype(">f4")),
     case("not an array", "k", TYPE, "dtype", "list", "numpy", k=[[1.0]]),
     case("None", "v", TYPE, "dtype", "NoneType", "numpy", v=None),
@@ -76,7 +89,15 @@ ATTENTION = [
         q=np.frombuffer(b"\0" + Q.tobytes(), np.uint8)[1:].view(np.float32).reshape(Q.shape),
     ),
     case("mixed devices", "k", VALUE, "device", "cuda:0", "cpu", k=Producer(K, **ON_GPU)),
-    case("mask on another device", "sinks", VALUE, "device", "cuda:0", "cpu", sinks=Producer(Q[0, 0, :, 0].copy(), **ON_GPU)),
+    case(
+        "sinks on another device",
+        "sinks",
+        VALUE,
+        "device",
+        "cuda:0",
+        "cpu",
+        sinks=Producer(Q[0, 0, :, 0].copy(), **ON_GPU),
+    ),
     case("unknown device", "q", VALUE, "device", "device type 8", "CPU", q=Producer(Q, device=(8, 0))),
     case("meta tensors", "q", VALUE, "value", "meta", "DLPack", q=to_torch(Q).to("meta")),
     case("out of another shape", "out", VALUE, "shape", "[2, 6, 4, 16]", "[2, 6, 4, 8]", out=np.zeros_like(Q)),
@@ -84,7 +105,16 @@ ATTENTION = [
     case("out of another kind", "out", TYPE, "dtype", "torch tensor", "numpy array", out=torch.zeros(2, 6, 4, 8)),
     case("read-only out", "out", VALUE, "value", "read-only", "writable", out=np.frombuffer(bytes(1536), np.float32)),
     case("read-only out by DLPack", "out", VALUE, "value", "read-only", "writable", out=Producer(Q, read_only=True)),
-    case("overlapping out", "out", VALUE, "layout", "stride 0", "other", **{x: to_torch(y) for x, y in zip("qkv", (Q, K, V), strict=True)}, out=torch.zeros(1, 6, 4, 8).expand(2, 6, 4, 8)),
+    case(
+        "overlapping out",
+        "out",
+        VALUE,
+        "layout",
+        "stride 0",
+        "other",
+        **TORCH,
+        out=torch.zeros(1, 6, 4, 8).expand(2, 6, 4, 8),
+    ),
     case("negative window", "window", VALUE, "value", "-1", "0 and above", window=(-1, 0)),
     case("negative window on the right", "window", VALUE, "value", "-3", "0 and above", window=(None, -3)),
     case("window of three", "window", VALUE, "value", "3", "(left, right)", window=(1, 2, 3)),
@@ -117,21 +147,79 @@ ATTENTION = [
     case("tokens repeated", "indices", VALUE, "value", "follows 5", "ascending", **tokens(5, 5)),
     case("length of tokens", "lengths", VALUE, "value", "3", "0 to 2", **tokens(1, 5, lengths=3)),
     case("negative length of tokens", "lengths", VALUE, "value", "-1", "0 to 2", **tokens(1, 5, lengths=-1)),
-    case("tokens for other heads", "indices", VALUE, "shape", "is 1", "2", selection=heddle.select.tokens(np.zeros((2, 1, 1), np.int32))),
-    case("tokens for another batch", "indices", VALUE, "shape", "is 3", "2", selection=heddle.select.tokens(np.zeros((3, 2, 1), np.int32))),
-    case("only one cu_seqlens", "cu_seqlens_k", VALUE, "shape", "not given", "needed", **PACKED | {"cu_seqlens_k": None}),
-    case("cu_seqlens decreasing", "cu_seqlens_q", VALUE, "value", "is 2", "4", **PACKED | {"cu_seqlens_q": int32(0, 4, 2)}),
-    case("cu_seqlens negative", "cu_seqlens_k", VALUE, "value", "is -1", "0", **PACKED | {"cu_seqlens_k": int32(-1, 4, 9)}),
-    case("cu_seqlens beyond the tensor", "cu_seqlens_k", VALUE, "value", "10", "9", **PACKED | {"cu_seqlens_k": int32(0, 4, 10)}),
-    case("cu_seqlens of different batches", "cu_seqlens_k", VALUE, "shape", "is 2", "3", **PACKED | {"cu_seqlens_k": int32(0, 9)}),
-    case("cu_seqlens of int64", "cu_seqlens_q", TYPE, "dtype", "int64", "int32", **PACKED | {"cu_seqlens_q": np.array([0, 2, 6])}),
+    case(
+        "tokens for other heads",
+        "indices",
+        VALUE,
+        "shape",
+        "is 1",
+        "2",
+        selection=heddle.select.tokens(np.zeros((2, 1, 1), np.int32)),
+    ),
+    case(
+        "tokens for another batch",
+        "indices",
+        VALUE,
+        "shape",
+        "is 3",
+        "2",
+        selection=heddle.select.tokens(np.zeros((3, 2, 1), np.int32)),
+    ),
+    case(
+        "only one cu_seqlens", "cu_seqlens_k", VALUE, "shape", "not given", "needed", **PACKED | {"cu_seqlens_k": None}
+    ),
+    case(
+        "cu_seqlens decreasing",
+        "cu_seqlens_q",
+        VALUE,
+        "value",
+        "is 2",
+        "4",
+        **PACKED | {"cu_seqlens_q": int32(0, 4, 2)},
+    ),
+    case(
+        "cu_seqlens negative",
+        "cu_seqlens_k",
+        VALUE,
+        "value",
+        "is -1",
+        "0",
+        **PACKED | {"cu_seqlens_k": int32(-1, 4, 9)},
+    ),
+    case(
+        "cu_seqlens beyond the tensor",
+        "cu_seqlens_k",
+        VALUE,
+        "value",
+        "10",
+        "9",
+        **PACKED | {"cu_seqlens_k": int32(0, 4, 10)},
+    ),
+    case(
+        "cu_seqlens of different batches",
+        "cu_seqlens_k",
+        VALUE,
+        "shape",
+        "is 2",
+        "3",
+        **PACKED | {"cu_seqlens_k": int32(0, 9)},
+    ),
+    case(
+        "cu_seqlens of int64",
+        "cu_seqlens_q",
+        TYPE,
+        "dtype",
+        "int64",
+        "int32",
+        **PACKED | {"cu_seqlens_q": np.array([0, 2, 6])},
+    ),
     case("unknown format", "format", VALUE, "value", "'int4'", "int8-a", format="int4"),
     case("no partition", "partition", VALUE, "value", "0", "1 and above", format="int8-a", partition=0),
     case("format of integers", "v", TYPE, "dtype", "int32", "float32", format="int8-b", v=V.astype(np.int32)),
     case("format of NaN", "k", VALUE, "value", "is nan", "finite", format="int8-b", k=np.full_like(K, np.nan)),
     case("format twice", "q", TYPE, "dtype", "QuantizedTensor", "numpy", format="int8-b", q=heddle.quantize(Q)),
-    case("gradients", "q", MISSING, "unsupported", "requires grad", "detach", **{x: to_torch(y).clone().requires_grad_() for x, y in zip("qkv", (Q, K, V), strict=True)}, out=None),
-]  # fmt: skip
+    case("gradients", "q", MISSING, "unsupported", "requires grad", "detach", **RECORDED),
+]
 
 
 def expect(call, argument, exception, code, given, allowed):
@@ -161,14 +249,14 @@ def snapshot(out):
 
 
 def test_gradients_are_not_lost_without_a_word():
-    q, k, v = (to_torch(x).clone().requires_grad_() for x in (Q, K, V))
+    q, k, v = (RECORDED[name] for name in "qkv")
     with torch.no_grad():
         expected = heddle.attention(q, k, v)
     assert not expected.requires_grad
     torch.testing.assert_close(heddle.attention(q.detach(), k.detach(), v.detach()), expected, rtol=0, atol=0)
 
 
-# ---- decode and the cache ----------------------------------------------------------------------------------------------
+# ---- decode and the cache --------------------------------------------------------------------------------------------
 
 FORMATS = ["fp32", "bf16", "int8-baseline", "int8-a", "int8-b", "fp8"]
 TABLE, LENS, NEW = int32([3, 0, 9], [1, 4, 9]), int32(7, 5), normal(RNG, 2, 1, 4, 16)
@@ -198,12 +286,31 @@ DECODE = [
     case("head_dim of q", "q", VALUE, "shape", "is 8", "16", q=NEW[..., :8]),
     case("heads not divisible", "q", VALUE, "shape", "3 heads", "multiples of the 2", q=NEW[:, :, :3]),
     case("integers", "q", TYPE, "dtype", "int8", "float32", q=NEW.astype(np.int8)),
-    case("device of q", "q", VALUE, "device", "cuda:0", "cpu", q=Producer(NEW, **ON_GPU), out=np.zeros((2, 1, 4, 8), np.float32)),
+    case(
+        "device of q",
+        "q",
+        VALUE,
+        "device",
+        "cuda:0",
+        "cpu",
+        q=Producer(NEW, **ON_GPU),
+        out=np.zeros((2, 1, 4, 8), np.float32),
+    ),
     case("rank of the table", "block_table", VALUE, "shape", "rank 1", "2", block_table=TABLE[0]),
     case("batch of the table", "block_table", VALUE, "shape", "is 1", "2", block_table=TABLE[:1]),
     case("table of int64", "block_table", TYPE, "dtype", "int64", "int32", block_table=TABLE.astype(np.int64)),
-    case("page outside the cache", "block_table", VALUE, "value", "page id 5", "0 to 4", block_table=int32([3, 5, 9], [1, 4, 9])),
-    case("negative page", "block_table", VALUE, "value", "page id -1", "0 to 4", block_table=int32([3, 0, 9], [-1, 4, 9])),
+    case(
+        "page outside the cache",
+        "block_table",
+        VALUE,
+        "value",
+        "page id 5",
+        "0 to 4",
+        block_table=int32([3, 5, 9], [1, 4, 9]),
+    ),
+    case(
+        "negative page", "block_table", VALUE, "value", "page id -1", "0 to 4", block_table=int32([3, 0, 9], [-1, 4, 9])
+    ),
     case("lengths beyond the table", "seq_lens", VALUE, "capacity", "13", "0 to 12", seq_lens=int32(7, 13)),
     case("negative length", "seq_lens", VALUE, "value", "-1", "0 to 12", seq_lens=int32(-1, 5)),
     case("lengths of int64", "seq_lens", TYPE, "dtype", "int64", "int32", seq_lens=LENS.astype(np.int64)),
@@ -215,9 +322,17 @@ DECODE = [
     case("token out of range", "indices", VALUE, "value", "token 6", "0 to 4", **tokens(1, 6)),
     case("mask of another shape", "mask", VALUE, "shape", "is 3", "2", **block_mask((1, 3))),
     case("backend", "backend", MISSING, "unsupported", "sm90", "host", backend="sm90"),
-    case("out of another shape", "out", VALUE, "shape", "[1, 1, 4, 8]", "[2, 1, 4, 8]", out=np.zeros((1, 1, 4, 8), np.float32)),
+    case(
+        "out of another shape",
+        "out",
+        VALUE,
+        "shape",
+        "[1, 1, 4, 8]",
+        "[2, 1, 4, 8]",
+        out=np.zeros((1, 1, 4, 8), np.float32),
+    ),
     case("out of another dtype", "out", TYPE, "dtype", "float16", "float32", out=np.zeros((2, 1, 4, 8), np.float16)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -253,8 +368,17 @@ APPEND = [
     case("start of another batch", "start", VALUE, "shape", "[1]", "[2]", start=LENS[:1]),
     case("cu_seqlens decreasing", "cu_seqlens", VALUE, "value", "1", "2", **PACKED_NEW, cu_seqlens=int32(0, 2, 1)),
     case("cu_seqlens beyond", "cu_seqlens", VALUE, "value", "4", "3", **PACKED_NEW, cu_seqlens=int32(0, 2, 4)),
-    case("cu_seqlens of int64", "cu_seqlens", TYPE, "dtype", "int64", "int32", **PACKED_NEW, cu_seqlens=np.array([0, 1, 3])),
-]  # fmt: skip
+    case(
+        "cu_seqlens of int64",
+        "cu_seqlens",
+        TYPE,
+        "dtype",
+        "int64",
+        "int32",
+        **PACKED_NEW,
+        cu_seqlens=np.array([0, 1, 3]),
+    ),
+]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -277,7 +401,9 @@ def test_append_of_what_cannot_be_quantized(format, value):
     k[1, 2, 1, 3] = value
     table = int32([3, 0, 2], [1, 4, 9])
     expect(lambda: cache.append(k, NEW_V, table, int32(7, 5)), "k", VALUE, "value", f"is {value}", "finite")
-    expect(lambda: cache.append(NEW_K, k[..., :8].copy(), table, int32(7, 5)), "v", VALUE, "value", f"is {value}", "finite")
+    expect(
+        lambda: cache.append(NEW_K, k[..., :8].copy(), table, int32(7, 5)), "v", VALUE, "value", f"is {value}", "finite"
+    )
     assert state(cache) == before
 
 
@@ -303,7 +429,7 @@ CACHES = [
     case("partition that does not divide", "partition", VALUE, "value", "3", "4", format="int8-a", partition=3),
     case("unknown device", "device", VALUE, "value", "'tpu'", "cpu", device="tpu"),
     case("device of another type", "device", TYPE, "dtype", "int", "string", device=0),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "argument", "exception", "code", "given", "allowed"), CACHES)
@@ -320,7 +446,7 @@ def test_calibration_comes_first():
     assert state(cache) == before
 
 
-# ---- the rest ----------------------------------------------------------------------------------------------------------
+# ---- the rest --------------------------------------------------------------------------------------------------------
 
 
 def merge(**changes):
@@ -335,23 +461,88 @@ def quantize(**changes):
 OTHERS = [
     case("merge rank", "outs", VALUE, "shape", "rank 3", "4, 5", call=merge, outs=Q[0]),
     case("merge rank of lses", "lses", VALUE, "shape", "rank 3", "4", call=merge, lses=normal(RNG, 2, 4, 6)),
-    case("merge shape of lses", "lses", VALUE, "shape", "[3, 2, 6, 4]", "[3, 2, 4, 6]", call=merge, lses=normal(RNG, 3, 2, 6, 4)),
+    case(
+        "merge shape of lses",
+        "lses",
+        VALUE,
+        "shape",
+        "[3, 2, 6, 4]",
+        "[3, 2, 4, 6]",
+        call=merge,
+        lses=normal(RNG, 3, 2, 6, 4),
+    ),
     case("merge of nothing", "outs", VALUE, "shape", "no parts", "1 and above", call=merge, outs=[]),
     case("merge of unequal parts", "outs", VALUE, "shape", "stack", "shape", call=merge, outs=[Q, K]),
-    case("merge of integers", "outs", TYPE, "dtype", "int32", "float32", call=merge, outs=np.zeros((3, 2, 6, 4, 8), np.int32)),
-    case("merge lses in half", "lses", TYPE, "dtype", "float16", "float32", call=merge, lses=np.zeros((3, 2, 4, 6), np.float16)),
-    case("merge of mixed kinds", "lses", TYPE, "dtype", "torch tensor", "numpy array", call=merge, lses=torch.zeros(3, 2, 4, 6)),
+    case(
+        "merge of integers",
+        "outs",
+        TYPE,
+        "dtype",
+        "int32",
+        "float32",
+        call=merge,
+        outs=np.zeros((3, 2, 6, 4, 8), np.int32),
+    ),
+    case(
+        "merge lses in half",
+        "lses",
+        TYPE,
+        "dtype",
+        "float16",
+        "float32",
+        call=merge,
+        lses=np.zeros((3, 2, 4, 6), np.float16),
+    ),
+    case(
+        "merge of mixed kinds",
+        "lses",
+        TYPE,
+        "dtype",
+        "torch tensor",
+        "numpy array",
+        call=merge,
+        lses=torch.zeros(3, 2, 4, 6),
+    ),
     case("quantize rank", "x", VALUE, "shape", "rank 2", "3, 4", call=quantize, x=K[0, 0]),
     case("quantize integers", "x", TYPE, "dtype", "int8", "float32", call=quantize, x=K.astype(np.int8)),
     case("quantize NaN", "x", VALUE, "value", "is nan", "finite", call=quantize, x=np.full_like(K, np.nan)),
     case("quantize format", "format", VALUE, "value", "'int4'", "int8, fp8", call=quantize, format="int4"),
     case("quantize granularity", "granularity", VALUE, "value", "'head'", "'token'", call=quantize, granularity="head"),
-    case("quantize no partition", "granularity", VALUE, "value", "0", "1 and above", call=quantize, granularity=("partition", 0)),
+    case(
+        "quantize no partition",
+        "granularity",
+        VALUE,
+        "value",
+        "0",
+        "1 and above",
+        call=quantize,
+        granularity=("partition", 0),
+    ),
     case("quantize smooth", "smooth", TYPE, "dtype", "str", "True", call=quantize, smooth="k"),
     case("quantize static scale", "static_scale", VALUE, "value", "-1", "above 0", call=quantize, static_scale=-1.0),
-    case("quantize static scale per token", "static_scale", VALUE, "value", "1", "0", call=quantize, granularity="token", static_scale=1.0),
-    case("quantized data", "data", TYPE, "dtype", "float32", "int8", call=heddle.QuantizedTensor, data=K, scale=np.ones(1, np.float32)),
-    case("quantized scale", "scale", TYPE, "dtype", "float64", "float32", call=heddle.QuantizedTensor, data=K.astype(np.int8), scale=np.ones(1)),
+    case(
+        "quantize static scale per token",
+        "static_scale",
+        VALUE,
+        "value",
+        "1",
+        "0",
+        call=quantize,
+        granularity="token",
+        static_scale=1.0,
+    ),
+    case("quantized data", "data", TYPE, "dtype", "float32", "int8", call=heddle.QuantizedTensor, data=K, scale=ONE),
+    case(
+        "quantized scale",
+        "scale",
+        TYPE,
+        "dtype",
+        "float64",
+        "float32",
+        call=heddle.QuantizedTensor,
+        data=K.astype(np.int8),
+        scale=ONE.astype(np.float64),
+    ),
     case("window left", "left", VALUE, "value", "-1", "0", call=heddle.select.window, left=-1),
     case("window right", "right", VALUE, "value", "-2", "0", call=heddle.select.window, left=1, right=-2),
     case("window n_global", "n_global", VALUE, "value", "-3", "0", call=heddle.select.window, left=1, n_global=-3),
@@ -359,18 +550,49 @@ OTHERS = [
     case("strided width", "width", VALUE, "value", "-1", "0", call=heddle.select.strided, width=-1, stride=1),
     case("strided stride", "stride", VALUE, "value", "0", "1", call=heddle.select.strided, width=1, stride=0),
     case("mask dtype", "mask", TYPE, "dtype", "float32", "bool", call=heddle.select.block_mask, mask=Q[0, 0]),
-    case("mask rank", "mask", VALUE, "shape", "rank 1", "[nQ, nK]", call=heddle.select.block_mask, mask=np.ones(3, bool)),
-    case("mask block", "block", VALUE, "value", "0", "1", call=heddle.select.block_mask, mask=np.ones((2, 2), bool), block=(0, 8)),
-    case("mask block of three", "block", VALUE, "value", "3", "(queries, keys)", call=heddle.select.block_mask, mask=np.ones((2, 2), bool), block=(1, 2, 3)),
-    case("tokens of int64", "indices", TYPE, "dtype", "int64", "int32", call=heddle.select.tokens, indices=np.zeros((1, 2, 3), np.int64)),
-    case("tokens rank", "indices", VALUE, "shape", "rank 2", "[B, Hkv, n]", call=heddle.select.tokens, indices=np.zeros((2, 3), np.int32)),
-    case("lengths of int64", "lengths", TYPE, "dtype", "int64", "int32", call=heddle.select.tokens, indices=np.zeros((1, 2, 3), np.int32), lengths=np.zeros((1, 2), np.int64)),
+    case(
+        "mask rank", "mask", VALUE, "shape", "rank 1", "[nQ, nK]", call=heddle.select.block_mask, mask=np.ones(3, bool)
+    ),
+    case("mask block", "block", VALUE, "value", "0", "1", call=heddle.select.block_mask, mask=MASK, block=(0, 8)),
+    case(
+        "mask block of three",
+        "block",
+        VALUE,
+        "value",
+        "3",
+        "(queries, keys)",
+        call=heddle.select.block_mask,
+        mask=MASK,
+        block=(1, 2, 3),
+    ),
+    case(
+        "tokens of int64",
+        "indices",
+        TYPE,
+        "dtype",
+        "int64",
+        "int32",
+        call=heddle.select.tokens,
+        indices=LIST.astype(np.int64),
+    ),
+    case("tokens rank", "indices", VALUE, "shape", "rank 2", "[B, Hkv, n]", call=heddle.select.tokens, indices=LIST[0]),
+    case(
+        "lengths of int64",
+        "lengths",
+        TYPE,
+        "dtype",
+        "int64",
+        "int32",
+        call=heddle.select.tokens,
+        indices=LIST,
+        lengths=LIST[..., 0].astype(np.int64),
+    ),
     case("threads", "n", VALUE, "value", "-1", "0", call=heddle.set_num_threads, n=-1),
     case("threads of text", "n", TYPE, "dtype", "str", "integer", call=heddle.set_num_threads, n="2"),
     case("instruction set", "name", VALUE, "value", "'mmx'", "portable", call=heddle.set_host_isa, name="mmx"),
     case("schedule kind", "schedule", VALUE, "value", "'fast'", "stealing", call=heddle.Schedule, kind="fast"),
     case("schedule split", "split_size", VALUE, "value", "-1", "0", call=heddle.Schedule, split_size=-1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "argument", "exception", "code", "given", "allowed"), OTHERS)

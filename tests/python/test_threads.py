@@ -10,9 +10,9 @@ import time
 
 import numpy as np
 import pytest
-from arrays import normal, to_torch
 
 import heddle
+from arrays import normal, to_torch
 
 
 def run(code: str, *arguments: str, **environment: str) -> str:
