@@ -43,8 +43,9 @@ struct BlockMask {
   std::int64_t block_k = 128;
 };
 
-// indices: int32 [B, Hkv, n] for all queries of a request, or [B, Sq, Hkv, n] ([total_q, Hkv, n] in a packed batch);
-// ascending, without repeats, -1 pads at the end. lengths: int32, the shape of indices without its last axis; optional.
+// indices: int32 [B, Hkv, n] for all queries of a request, or [B, Sq, Hkv, n] ([total_q, Hkv, n] in a packed batch,
+// where a first axis of B entries always means requests); ascending, without repeats, -1 pads at the end. lengths:
+// int32, the shape of indices without its last axis; optional.
 struct Tokens {
   TensorView indices{};
   TensorView lengths{};

@@ -281,6 +281,8 @@ std::int64_t Sample::list_of(std::int64_t b, std::int64_t i, std::int64_t kv_hea
 }
 
 void Sample::make_token_lists(Random& r) {
+  // [B, Hkv, n] is a list a request, also where B happens to be the number of all queries of a packed batch.
+  if (c_.packed && q_.view.shape[0] == c_.batch) c_.pattern = Pattern::kTokens;
   const bool per_query = c_.pattern == Pattern::kQueryTokens;
   std::vector<std::int64_t> shape = {c_.batch, c_.kv_heads};
   if (per_query) {

@@ -302,7 +302,8 @@ void stream_step(const StreamTile& tile, const StreamStep& step, float* scores) 
     float* at = scores + r * kStreamKeys;
     alpha[r] = softmax_row<false, Math::kFloat32>(at, at, mask, kActive, r * bits_stride, state);
     if (step.value_scale != nullptr) {
-      for (int j = 0; j < step.count; ++j) at[j] *= step.value_scale[j];
+      // A masked key's scale may be NaN.
+      for (int j = 0; j < step.count; ++j) at[j] = at[j] == 0.0f ? 0.0f : at[j] * step.value_scale[j];
     }
   }
   for (std::int64_t r = tile.rows; r < kStreamRows; ++r) alpha[r] = 1.0f;
