@@ -44,6 +44,7 @@ PYBIND11_MODULE(_core, m) {
   bind_quantize(m);
   bind_attention(m);
   bind_cache(m);
+  bind_advise(m);
 }
 
 }  // namespace heddle::python

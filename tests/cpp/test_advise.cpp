@@ -316,7 +316,7 @@ TEST(Advise, FirstThingToTryWhenItIsSlow) {
   EXPECT_TRUE(says(advice.prefill_speed, "arithmetic. First: ")) << advice.prefill_speed;
   params.format = CacheFormat::kInt8A;
   advice = advise(params);
-  EXPECT_TRUE(says(advice.decode_speed, "First: top-2048 tokens")) << advice.decode_speed;
+  EXPECT_TRUE(says(advice.decode_speed, "First: top-2048")) << advice.decode_speed;
   EXPECT_TRUE(says(advice.prefill_speed, "First: blocks of 128")) << advice.prefill_speed;
 
   // With a target the first that reaches it, or the first that helps and that none does.
@@ -380,11 +380,11 @@ TEST(Advise, RefusesBadParameters) {
   refuse("machine", [](AdviseParams& p) { p.machine = {}; });
   refuse("machine", [](AdviseParams& p) { p.machine.bf16 = p.machine.fp32 = 0; });
   refuse("machine", [](AdviseParams& p) { p.machine.workers = 0; });
-  refuse("patterns", [](AdviseParams& p) {
+  refuse("density", [](AdviseParams& p) {
     p.patterns = {{.kind = Kind::kBlocks}};
     p.patterns[0].density = 1.5;
   });
-  refuse("patterns", [](AdviseParams& p) {
+  refuse("window", [](AdviseParams& p) {
     p.patterns = {{.kind = Kind::kWindow}};
     p.patterns[0].window.window.left = -1;
   });

@@ -73,11 +73,13 @@ struct AdviseParams {
   CacheFormat format = CacheFormat::kBf16;
   std::int64_t partition = 1;  // int8-a: tokens a K scale covers
 
-  std::vector<Pattern> patterns;  // empty: a window, a strided pattern, blocks, top-k and token lists of common sizes
-  double other_bytes = 0.0;       // memory that is taken already: weights, activations of other layers
-  Machine machine;                // bandwidth and one of fp32 and bf16 must be known
-  double prefill_target = 0.0;    // seconds that are fast enough; 0: as fast as can be
-  double decode_target = 0.0;     // ... of a step
+  // Sparse patterns to look at. Empty: a window of 1024 with 64 global tokens, width 1024 and stride 64, a quarter of
+  // the blocks, and 2048 tokens.
+  std::vector<Pattern> patterns;
+  double other_bytes = 0.0;     // memory that is taken already: weights, activations of other layers
+  Machine machine;              // bandwidth and one of fp32 and bf16 must be known
+  double prefill_target = 0.0;  // seconds that are fast enough; 0: as fast as can be
+  double decode_target = 0.0;   // ... of a step
 };
 
 enum class Phase : std::uint8_t { kPrefill, kDecode };

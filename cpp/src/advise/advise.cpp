@@ -139,13 +139,13 @@ Cost cost_of(const AdviseParams& a, const Pattern& pattern, CacheFormat format, 
   return cost;
 }
 
-std::vector<Pattern> default_patterns(std::int64_t seq_len) {
+std::vector<Pattern> default_patterns() {
   Pattern window{.kind = Kind::kWindow}, strided{.kind = Kind::kStrided}, blocks{.kind = Kind::kBlocks};
   Pattern topk{.kind = Kind::kTopK}, tokens{.kind = Kind::kTokens};
-  window.window = {.window = {.left = 1023, .right = 0}, .n_global = 64};
+  window.window = {.window = {.left = 1024, .right = 0}, .n_global = 64};
   strided.strided = {.width = 1024, .stride = 64};
   blocks.density = 0.25;
-  topk.budget = tokens.budget = std::clamp<std::int64_t>(seq_len / 16, 1, 2048);
+  topk.budget = tokens.budget = 2048;
   return {window, strided, blocks, topk, tokens};
 }
 
@@ -210,7 +210,7 @@ std::string memory_advice(const AdviseParams& a) {
     return check::text("needs ", bytes_text(today.total_bytes), "; the machine's memory is not known");
   if (today.fits) {
     return check::text("fits: ", bytes_text(today.total_bytes), " of ", room, "; requests of up to ", today.max_seq_len,
-                       " tokens would");
+                       " tokens would fit");
   }
   const std::string problem = check::text("needs ", bytes_text(today.total_bytes), " of ", room, ". ");
   Cost best = today;
@@ -230,7 +230,8 @@ std::string memory_advice(const AdviseParams& a) {
                          bytes_text(today.kv_bytes), " to ", bytes_text(smaller.kv_bytes), ", all to ",
                          bytes_text(smaller.total_bytes));
     }
-    best = smaller;
+    // The less accurate of two formats must earn its place.
+    if (smaller.total_bytes < 0.9 * best.total_bytes) best = smaller;
   }
   const std::string with = check::text(also, "format ", to_string(best.format));
   AdviseParams fewer = a;
@@ -339,15 +340,15 @@ AdviseParams checked(AdviseParams a) {
   }
   positive("machine", m.workers);
   for (const Pattern& p : a.patterns) {
-    check::at_least("patterns", p.window.n_global, 0, "n_global");
-    check::at_least("patterns", p.window.window.left.value_or(0), 0, "left");
-    check::at_least("patterns", p.window.window.right.value_or(0), 0, "right");
-    check::at_least("patterns", p.strided.width, 0, "width");
-    check::at_least("patterns", p.strided.stride, 1, "stride");
-    check::at_least("patterns", p.block, 1, "block");
-    check::at_least("patterns", p.budget, 0, "budget");
+    check::at_least("n_global", p.window.n_global, 0);
+    check::at_least("window", p.window.window.left.value_or(0), 0, "left");
+    check::at_least("window", p.window.window.right.value_or(0), 0, "right");
+    check::at_least("strided", p.strided.width, 0, "width");
+    check::at_least("strided", p.strided.stride, 1, "stride");
+    check::at_least("block", p.block, 1);
+    check::at_least("budget", p.budget, 0);
     if (!(p.density >= 0.0 && p.density <= 1.0)) {
-      check::fail(ErrorCode::kValue, "patterns", check::text("density is ", p.density, "; allowed are 0 to 1"));
+      check::fail(ErrorCode::kValue, "density", check::text(p.density, "; allowed are 0 to 1"));
     }
   }
   return a;
@@ -357,7 +358,7 @@ AdviseParams checked(AdviseParams a) {
 
 std::string to_string(const Pattern& p) {
   switch (p.kind) {
-    case Kind::kMaterialized: return "dense, scores in memory";
+    case Kind::kMaterialized: return "scores in memory";
     case Kind::kFlash: return "flash";
     case Kind::kWindow: {
       const auto side = [](const std::optional<std::int64_t>& keys) { return keys ? std::to_string(*keys) : "all"; };
@@ -366,9 +367,9 @@ std::string to_string(const Pattern& p) {
       return p.window.n_global > 0 ? check::text(text, " + ", p.window.n_global, " global") : text;
     }
     case Kind::kStrided: return check::text("strided ", p.strided.width, "/", p.strided.stride);
-    case Kind::kBlocks: return check::text("blocks of ", p.block, " at density ", p.density);
-    case Kind::kTopK: return check::text("top-", p.budget, " tokens");
-    case Kind::kTokens: return check::text("lists of ", p.budget, " tokens");
+    case Kind::kBlocks: return check::text("blocks of ", p.block, ", ", 100.0 * p.density, "%");
+    case Kind::kTopK: return check::text("top-", p.budget);
+    case Kind::kTokens: return check::text("lists of ", p.budget);
   }
   return "unknown";
 }
@@ -376,7 +377,7 @@ std::string to_string(const Pattern& p) {
 Advice advise(const AdviseParams& params) {
   const AdviseParams a = checked(params);
   std::vector<Pattern> patterns = {{.kind = Kind::kMaterialized}, {.kind = Kind::kFlash}};
-  const std::vector<Pattern> sparse = a.patterns.empty() ? default_patterns(a.seq_len) : a.patterns;
+  const std::vector<Pattern> sparse = a.patterns.empty() ? default_patterns() : a.patterns;
   for (const Pattern& p : sparse) {
     if (!every_key(p)) patterns.push_back(p);
   }
