@@ -155,7 +155,7 @@ class HeddleCacheLayer(CacheLayerMixin):
                 HeddleValueError,
                 "value",
                 "attention_mask",
-                "it marks other cached tokens as padding than when they came",
+                "other cached tokens are marked as padding than when they came",
             )
         new_valid = valid[:, self.length :]
         padded = not new_valid.all()
