@@ -5,22 +5,12 @@
 
 #include "arguments.h"
 #include "module.h"
-#include "tensor.h"
 
 #include "core/check.h"
 #include "heddle/error.h"
 
 namespace heddle::python {
 namespace {
-
-double to_double(py::handle value, const char* argument) {
-  const double result = PyFloat_AsDouble(value.ptr());
-  if (result == -1.0 && PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    check::fail(ErrorCode::kDType, argument, check::text("got ", describe(value), "; allowed is a number"));
-  }
-  return result;
-}
 
 DType to_compute_dtype(py::handle value) {
   const std::string name(to_string_view(value, "dtype"));

@@ -45,14 +45,16 @@ std::optional<std::int64_t> to_optional_int(py::handle value, const char* argume
   return to_int(value, argument);
 }
 
-float to_float(py::handle value, const char* argument) {
+double to_double(py::handle value, const char* argument) {
   const double result = PyFloat_AsDouble(value.ptr());
   if (result == -1.0 && PyErr_Occurred() != nullptr) {
     PyErr_Clear();
     fail_type(argument, value, "is a number");
   }
-  return static_cast<float>(result);
+  return result;
 }
+
+float to_float(py::handle value, const char* argument) { return static_cast<float>(to_double(value, argument)); }
 
 std::optional<float> to_optional_float(py::handle value, const char* argument) {
   if (value.is_none()) return std::nullopt;

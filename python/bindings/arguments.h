@@ -17,6 +17,7 @@ namespace py = pybind11;
 bool to_bool(py::handle value, const char* argument);
 std::int64_t to_int(py::handle value, const char* argument);
 std::optional<std::int64_t> to_optional_int(py::handle value, const char* argument);
+double to_double(py::handle value, const char* argument);
 float to_float(py::handle value, const char* argument);
 std::optional<float> to_optional_float(py::handle value, const char* argument);
 std::string_view to_string_view(py::handle value, const char* argument);
