@@ -1,6 +1,7 @@
 """heddle.advise and `heddle advise`: what a model's attention costs, and what to try first."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -217,3 +218,15 @@ def test_command_without_rich():
     process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
     assert "Patterns, with a bf16 cache" in process.stdout
+
+
+def test_command_on_a_terminal():
+    """Rich draws the tables; every number is still there."""
+    pytest.importorskip("rich")
+    command = [sys.executable, "-m", "heddle", "advise", "--layers", "80", "--heads", "64", "--head-dim", "128"]
+    command += ["--tokens", "128000", "--machine", "h100-80gb"]
+    environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "140"}
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert "\x1b[" in process.stdout
+    assert all(text in process.stdout for text in ("335.5 GB", "167.8 GB", "window 1024 + 64 global", "2.097 TB"))

@@ -100,24 +100,15 @@ HEDDLE_ALWAYS_INLINE float double_to_float_odd(double x) {
 // Element i of an array of any dtype. 64-bit integers beyond 2^53 round.
 static inline double load_as_double(const void* data, DType dtype, std::int64_t i) {
   switch (dtype) {
-    case DType::kFloat64:
-      return static_cast<const double*>(data)[i];
-    case DType::kFloat32:
-      return static_cast<const float*>(data)[i];
-    case DType::kFloat16:
-      return fp16_to_float(static_cast<const std::uint16_t*>(data)[i]);
-    case DType::kBFloat16:
-      return bf16_to_float(static_cast<const std::uint16_t*>(data)[i]);
-    case DType::kFloat8E4M3:
-      return e4m3_to_float(static_cast<const std::uint8_t*>(data)[i]);
-    case DType::kInt8:
-      return static_cast<const std::int8_t*>(data)[i];
-    case DType::kInt32:
-      return static_cast<const std::int32_t*>(data)[i];
-    case DType::kInt64:
-      return static_cast<double>(static_cast<const std::int64_t*>(data)[i]);
-    case DType::kBool:
-      return static_cast<const std::uint8_t*>(data)[i] != 0 ? 1.0 : 0.0;
+    case DType::kFloat64: return static_cast<const double*>(data)[i];
+    case DType::kFloat32: return static_cast<const float*>(data)[i];
+    case DType::kFloat16: return fp16_to_float(static_cast<const std::uint16_t*>(data)[i]);
+    case DType::kBFloat16: return bf16_to_float(static_cast<const std::uint16_t*>(data)[i]);
+    case DType::kFloat8E4M3: return e4m3_to_float(static_cast<const std::uint8_t*>(data)[i]);
+    case DType::kInt8: return static_cast<const std::int8_t*>(data)[i];
+    case DType::kInt32: return static_cast<const std::int32_t*>(data)[i];
+    case DType::kInt64: return static_cast<double>(static_cast<const std::int64_t*>(data)[i]);
+    case DType::kBool: return static_cast<const std::uint8_t*>(data)[i] != 0 ? 1.0 : 0.0;
   }
   __builtin_unreachable();
 }
@@ -129,23 +120,14 @@ static inline float load_as_float(const void* data, DType dtype, std::int64_t i)
 // Floating dtypes only; one rounding to nearest even. E4M3 saturates.
 static inline void store_from_double(void* data, DType dtype, std::int64_t i, double x) {
   switch (dtype) {
-    case DType::kFloat64:
-      static_cast<double*>(data)[i] = x;
-      return;
-    case DType::kFloat32:
-      static_cast<float*>(data)[i] = static_cast<float>(x);
-      return;
-    case DType::kFloat16:
-      static_cast<std::uint16_t*>(data)[i] = float_to_fp16(double_to_float_odd(x));
-      return;
-    case DType::kBFloat16:
-      static_cast<std::uint16_t*>(data)[i] = float_to_bf16(double_to_float_odd(x));
-      return;
+    case DType::kFloat64: static_cast<double*>(data)[i] = x; return;
+    case DType::kFloat32: static_cast<float*>(data)[i] = static_cast<float>(x); return;
+    case DType::kFloat16: static_cast<std::uint16_t*>(data)[i] = float_to_fp16(double_to_float_odd(x)); return;
+    case DType::kBFloat16: static_cast<std::uint16_t*>(data)[i] = float_to_bf16(double_to_float_odd(x)); return;
     case DType::kFloat8E4M3:
       static_cast<std::uint8_t*>(data)[i] = float_to_e4m3_saturating(double_to_float_odd(x));
       return;
-    default:
-      __builtin_unreachable();
+    default: __builtin_unreachable();
   }
 }
 

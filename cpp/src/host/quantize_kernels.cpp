@@ -18,23 +18,18 @@ HEDDLE_DECLARE(amx)
 const QuantizeKernels& quantize_kernels() {
   switch (current_isa()) {
 #if defined(HEDDLE_HAVE_ISA_AMX)
-    case Isa::kAmx:
-      return amx::kQuantizeKernels;
+    case Isa::kAmx: return amx::kQuantizeKernels;
 #endif
 #if defined(HEDDLE_HAVE_ISA_AVX512_BF16)
-    case Isa::kAvx512Bf16:
-      return avx512_bf16::kQuantizeKernels;
+    case Isa::kAvx512Bf16: return avx512_bf16::kQuantizeKernels;
 #endif
 #if defined(HEDDLE_HAVE_ISA_AVX512)
-    case Isa::kAvx512:
-      return avx512::kQuantizeKernels;
+    case Isa::kAvx512: return avx512::kQuantizeKernels;
 #endif
 #if defined(HEDDLE_HAVE_ISA_AVX2)
-    case Isa::kAvx2:
-      return avx2::kQuantizeKernels;
+    case Isa::kAvx2: return avx2::kQuantizeKernels;
 #endif
-    default:
-      return portable::kQuantizeKernels;
+    default: return portable::kQuantizeKernels;
   }
 }
 

@@ -17,8 +17,7 @@ std::int64_t block_size(std::int64_t n, std::int64_t first) { return n - first <
 // Elements first .. first + n of a row as floats: the row itself if it is float32, else converted into `block`.
 const float* floats(const void* x, DType dtype, std::int64_t first, std::int64_t n, float* block) {
   switch (dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(x) + first;
+    case DType::kFloat32: return static_cast<const float*>(x) + first;
     case DType::kFloat64: {
       const double* in = static_cast<const double*>(x) + first;
       for (std::int64_t i = 0; i < n; ++i) block[i] = static_cast<float>(in[i]);
@@ -34,8 +33,7 @@ const float* floats(const void* x, DType dtype, std::int64_t first, std::int64_t
       for (std::int64_t i = 0; i < n; ++i) block[i] = fp16_to_float(in[i]);
       return block;
     }
-    default:
-      __builtin_unreachable();
+    default: __builtin_unreachable();
   }
 }
 
@@ -59,8 +57,7 @@ void store_floats(const float* x, std::int64_t n, void* out, DType dtype, std::i
       for (std::int64_t i = 0; i < n; ++i) to[i] = float_to_fp16(x[i]);
       return;
     }
-    default:
-      __builtin_unreachable();
+    default: __builtin_unreachable();
   }
 }
 
