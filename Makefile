@@ -11,6 +11,7 @@ STAMP := $(VENV)/.setup-stamp
 CUDA ?= $(if $(shell command -v nvcc),ON,OFF)
 CMAKE_FLAGS ?=
 APT_PACKAGES := g++ cmake ninja-build ccache libgtest-dev libbenchmark-dev
+APT_PACKAGES += $(if $(filter /usr/bin/%,$(shell command -v $(PYTHON))),python3-venv python3-dev)
 
 # Objects are shared between ./build, ./build-sanitize and ./build-wheel through the compiler cache.
 export CCACHE_BASEDIR := $(CURDIR)
@@ -29,7 +30,7 @@ help:  ## this list
 setup: $(STAMP)  ## system packages (where missing) and ./.venv
 
 $(STAMP): pyproject.toml constraints.txt
-	@missing=$$(for p in $(APT_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	@missing=$$(command -v dpkg >/dev/null && for p in $(APT_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then \
 	  echo "installing$$(echo " $$missing" | tr '\n' ' ')"; \
 	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \

@@ -47,6 +47,9 @@ int main(int argc, char** argv) {
   const bool measures = !asks_for("--help") && !asks_for("--benchmark_list_tests");
   bench::register_cases();
   bench::register_merge();
+#if defined(HEDDLE_WITH_CUDA)
+  bench::register_cuda_merge();
+#endif
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
 
