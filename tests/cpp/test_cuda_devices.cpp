@@ -1,8 +1,8 @@
 // Asking for devices works on every machine: with a GPU, with a driver that has none, and without a driver.
 #include <algorithm>
+#include <cuda_runtime_api.h>
 #include <string>
 #include <vector>
-#include <cuda_runtime_api.h>
 
 #include <gtest/gtest.h>
 
