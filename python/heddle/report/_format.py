@@ -1,0 +1,22 @@
+"""Numbers for people."""
+
+from __future__ import annotations
+
+
+def signed(number: float) -> str:
+    """+0.0123, or in powers of ten where that would be all zeros."""
+    if number == 0 or abs(number) >= 0.00005:
+        return f"{number:+.4f}".replace("-", "−")
+    return scientific(number, sign=True)
+
+
+def scientific(number: float, sign: bool = False) -> str:
+    """3.2·10⁻⁷"""
+    mantissa, exponent = f"{number:{'+' if sign else ''}.1e}".split("e")
+    power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{mantissa}·10{power}".replace("-", "−")
+
+
+def relative(number: float) -> str:
+    """4.8 %, or in powers of ten where that would be below 0.1 %."""
+    return f"{100 * number:.1f} %" if number >= 1e-3 else scientific(number)
