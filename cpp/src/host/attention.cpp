@@ -438,6 +438,10 @@ void Attention::prepare_rows(const Unit& unit, std::int64_t row, std::int64_t ro
   std::memset(s.o, 0, static_cast<std::size_t>((stream ? kStreamRows : kTileRows) * columns_) * sizeof(float));
 
   if (!stream) {
+    for (std::int64_t r = rows; r < kTileRows; ++r) {  // kernels take whole vectors of rows
+      s.factor[r] = s.bias[r] = s.l[r] = 0.0f;
+      s.m[r] = -kInfinity;
+    }
     tile_.pack_queries({sources, rows, dim, source_type, nullptr}, formats_.qk, negate, s.queries, s.row_sums);
     return;
   }

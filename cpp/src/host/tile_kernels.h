@@ -4,8 +4,8 @@
 // All products run on 32-bit words, whatever the element type: a word holds 1 float, 2 bf16 or 4 int8 along the contracted axis.
 //   Q  [row][word of D]                K  panel [word of D][key]       S = Q K: contracts D
 //   P  [row][word of key]              V  panel [word of key][column]  O = P V: contracts keys
-// A panel row is up to 64 words. This is the layout of vector FMAs, of VDPBF16PS / VPDPBUSD and of AMX tiles alike, so packing is
-// the only place that knows how a cache stores its rows.
+// (matmul.h gives the order within a packed tile.) This is the form of vector FMAs, VDPBF16PS, VPDPBUSD and AMX tiles alike, so packing is the
+// only place that knows how a cache stores its rows.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@
 namespace heddle::host {
 
 inline constexpr int kTileKeys = 64;   // keys of a KV tile: the width of a K panel
-inline constexpr int kTileRows = 96;   // query rows of a row tile: a multiple of every kernel's row block (6, 16, 32)
+inline constexpr int kTileRows = 192;  // query rows of a row tile: a multiple of every kernel's chunk of rows (24, 32)
 inline constexpr int kStepTiles = 4;   // KV tiles a step takes at most
 
 // Element type of a product's operands.

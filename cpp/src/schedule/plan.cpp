@@ -24,15 +24,24 @@ std::int64_t Plan::splits(const Unit& unit) const {
 }
 
 std::vector<WorkItem> Plan::items(std::span<const std::int32_t> chosen) const {
+  // KV head by KV head, so that workers share the keys that their caches hold; within one, late rows first, since they see
+  // more keys. The last items are then the lightest ones, which levels the end.
   std::vector<WorkItem> all;
-  std::int64_t most = 0;
-  for (const std::int32_t u : chosen) most = std::max(most, row_tiles(units[u]));
-  // Late rows see more keys. Same rows of different heads follow each other, so that workers share what they read.
-  for (std::int64_t tile = most - 1; tile >= 0; --tile) {
-    for (const std::int32_t u : chosen) {
-      if (tile >= row_tiles(units[u])) continue;
-      for (std::int64_t s = splits(units[u]) - 1; s >= 0; --s) {
-        all.push_back({u, static_cast<std::int32_t>(tile), static_cast<std::int32_t>(s)});
+  for (std::size_t first = 0, last; first < chosen.size(); first = last) {
+    const Unit& head = units[chosen[first]];
+    std::int64_t most = 0;
+    for (last = first; last < chosen.size(); ++last) {
+      const Unit& unit = units[chosen[last]];
+      if (unit.request != head.request || unit.kv_head != head.kv_head) break;
+      most = std::max(most, row_tiles(unit));
+    }
+    for (std::int64_t tile = most - 1; tile >= 0; --tile) {
+      for (std::size_t i = first; i < last; ++i) {
+        const Unit& unit = units[chosen[i]];
+        if (tile >= row_tiles(unit)) continue;
+        for (std::int64_t s = splits(unit) - 1; s >= 0; --s) {
+          all.push_back({chosen[i], static_cast<std::int32_t>(tile), static_cast<std::int32_t>(s)});
+        }
       }
     }
   }

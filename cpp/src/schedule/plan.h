@@ -42,7 +42,7 @@ struct Plan {
   std::int64_t splits(const Unit& unit) const;
   std::int64_t row_tiles(const Unit& unit) const { return (unit.rows() + row_tile - 1) / row_tile; }
   std::int64_t split_size(const Unit& unit) const;
-  // The items of these units, heaviest first (as far as causality tells).
+  // The items of these units in the order in which workers should take them.
   std::vector<WorkItem> items(std::span<const std::int32_t> units) const;
 };
 

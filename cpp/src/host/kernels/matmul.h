@@ -8,6 +8,27 @@
 namespace heddle::host::HEDDLE_ISA {
 
 inline constexpr bool kAmx = HEDDLE_ISA_LEVEL >= 4;
+inline constexpr std::int64_t kAmxTile = 256;  // words of an AMX tile
+
+// Where packed words lie. For vectors, panels of up to 64 columns, row by row. For AMX, 16 x 16 tiles one after the other, in the
+// order in which they are multiplied: keys by 32, 16 words of D, then 16; values by 16 columns, then 16 words of keys.
+template <Math math>
+constexpr std::int64_t key_word(std::int64_t word, std::int64_t key, std::int64_t words) {
+  if (kAmx && math != Math::kFloat32) {
+    return (key / 32 * (words / 8) + word / 16 * 2 + key % 32 / 16) * kAmxTile + word % 16 * 16 + key % 16;
+  }
+  return word * kTileKeys + key;
+}
+template <Math math>
+constexpr std::int64_t value_word(std::int64_t word, std::int64_t column, std::int64_t columns) {
+  constexpr std::int64_t kWords = kTileKeys / elements_per_word(math);
+  if (kAmx && math != Math::kFloat32) {
+    return (column / 16 * (kWords / 16) + word / 16) * kAmxTile + word % 16 * 16 + column % 16;
+  }
+  const std::int64_t panel = column / kTileKeys * kTileKeys;
+  const std::int64_t width = columns - panel < kTileKeys ? columns - panel : kTileKeys;
+  return panel * kWords + word * width + column % kTileKeys;
+}
 
 // Row block x vectors: accumulators + operands just fit the registers (32 zmm, 16 ymm or xmm).
 inline constexpr int kBlockRows = 6;
@@ -120,6 +141,27 @@ inline void value_block(const std::uint32_t* p, std::int64_t p_stride, const std
   }
 }
 
+// One tile of P V element by element, skipping what is masked: 0 * NaN is NaN, and memory that a row must not see may hold it.
+template <Math pv>
+inline void add_visible_values(const void* p_row, std::uint64_t bits, const void* values, std::int64_t columns, float* o) {
+  constexpr std::int64_t kPerWord = elements_per_word(pv);
+  for (; bits != 0; bits &= bits - 1) {
+    const int key = __builtin_ctzll(bits);
+    const float p = pv == Math::kFloat32 ? static_cast<const float*>(p_row)[key]
+                                         : bf16_to_float(static_cast<const std::uint16_t*>(p_row)[key]);
+    for (std::int64_t c = 0; c < columns; ++c) {
+      const std::int64_t at = value_word<pv>(key / kPerWord, c, columns) * kPerWord + key % kPerWord;
+      o[c] += p * (pv == Math::kFloat32 ? static_cast<const float*>(values)[at]
+                                        : bf16_to_float(static_cast<const std::uint16_t*>(values)[at]));
+    }
+  }
+}
+
+HEDDLE_INLINE void scale_row(float* o, std::int64_t columns, float alpha) {
+  if (alpha == 1.0f) return;
+  for (std::int64_t c = 0; c < columns; c += kWidth) store(o + c, load(o + c) * set1(alpha));
+}
+
 #if HEDDLE_ISA_LEVEL >= 4
 
 // AMX: tiles 0..3 accumulate 2 x 2 blocks of 16 x 16, 4 and 5 hold A (16 rows x 16 words), 6 and 7 hold B (16 words x 16).
@@ -140,69 +182,59 @@ HEDDLE_INLINE void amx_dot_2x2() {
   }
 }
 
-// scores[0..32)[0..64) = a . panel
+// scores[0..32)[0..32) = a . keys: `keys` is the first of their AMX tiles (see key_word()).
 template <Math math>
-inline void amx_scores(const std::uint32_t* a, std::int64_t words, const std::uint32_t* panel, float* scores,
-                       std::int64_t score_stride) {
-  for (int n0 = 0; n0 < kTileKeys; n0 += 32) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (std::int64_t k = 0; k < words; k += 16) {
-      _tile_loadd(6, panel + k * kTileKeys + n0, kTileKeys * 4);
-      _tile_loadd(7, panel + k * kTileKeys + n0 + 16, kTileKeys * 4);
-      _tile_loadd(4, a + k, words * 4);
-      _tile_loadd(5, a + 16 * words + k, words * 4);
-      amx_dot_2x2<math>();
-    }
-    _tile_stored(0, scores + n0, score_stride * 4);
-    _tile_stored(1, scores + n0 + 16, score_stride * 4);
-    _tile_stored(2, scores + 16 * score_stride + n0, score_stride * 4);
-    _tile_stored(3, scores + 16 * score_stride + n0 + 16, score_stride * 4);
+HEDDLE_INLINE void amx_scores_32x32(const std::uint32_t* a, std::int64_t words, const std::uint32_t* keys, float* scores,
+                                    std::int64_t score_stride) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (std::int64_t k = 0; k < words; k += 16) {
+    _tile_loadd(6, keys + k * 32, 64);
+    _tile_loadd(7, keys + k * 32 + kAmxTile, 64);
+    _tile_loadd(4, a + k, words * 4);
+    _tile_loadd(5, a + 16 * words + k, words * 4);
+    amx_dot_2x2<math>();
   }
+  _tile_stored(0, scores, score_stride * 4);
+  _tile_stored(1, scores + 16, score_stride * 4);
+  _tile_stored(2, scores + 16 * score_stride, score_stride * 4);
+  _tile_stored(3, scores + 16 * score_stride + 16, score_stride * 4);
 }
 
-// o[0..32)[..] += p . values over the given tiles, columns by twos (and one) of 16.
-inline void amx_values(const std::uint32_t* p, std::int64_t p_stride, const void* const* values, const bool* active,
-                       int tiles, std::int64_t columns, float* o) {
-  constexpr std::int64_t kWords = kTileKeys / 2;
-  for (std::int64_t c0 = 0; c0 < columns; c0 += kTileKeys) {
-    const std::int64_t width = columns - c0 < kTileKeys ? columns - c0 : kTileKeys;
-    for (std::int64_t c = 0; c < width; c += 32) {
-      const bool pair = c + 16 < width;
-      float* at = o + c0 + c;
-      _tile_loadd(0, at, columns * 4);
-      _tile_loadd(2, at + 16 * columns, columns * 4);
+// o[0..32)[0..32) (or 16 columns, not `pair`) += p . values over the given KV tiles, each given by the first AMX tile of its
+// columns (see value_word()); p's KV tiles lie side by side.
+HEDDLE_INLINE void amx_values_32x32(const std::uint32_t* p, std::int64_t p_stride, const std::uint32_t* const* values,
+                                    int tiles, bool pair, float* o, std::int64_t o_stride) {
+  constexpr std::int64_t kWords = kTileKeys / 2, kNextColumns = kWords / 16 * kAmxTile;
+  _tile_loadd(0, o, o_stride * 4);
+  _tile_loadd(2, o + 16 * o_stride, o_stride * 4);
+  if (pair) {
+    _tile_loadd(1, o + 16, o_stride * 4);
+    _tile_loadd(3, o + 16 * o_stride + 16, o_stride * 4);
+  }
+  for (int t = 0; t < tiles; ++t) {
+    HEDDLE_UNROLL
+    for (std::int64_t k = 0; k < kWords; k += 16) {
+      const std::uint32_t* v = values[t] + k / 16 * kAmxTile;
+      _tile_loadd(6, v, 64);
+      _tile_loadd(4, p + t * kWords + k, p_stride * 4);
+      _tile_loadd(5, p + 16 * p_stride + t * kWords + k, p_stride * 4);
       if (pair) {
-        _tile_loadd(1, at + 16, columns * 4);
-        _tile_loadd(3, at + 16 * columns + 16, columns * 4);
-      }
-      for (int t = 0; t < tiles; ++t) {
-        if (!active[t]) continue;
-        const std::uint32_t* panel = static_cast<const std::uint32_t*>(values[t]) + kWords * c0 + c;
-        const std::uint32_t* a = p + t * kWords;
-        HEDDLE_UNROLL
-        for (std::int64_t k = 0; k < kWords; k += 16) {
-          _tile_loadd(6, panel + k * width, width * 4);
-          _tile_loadd(4, a + k, p_stride * 4);
-          _tile_loadd(5, a + 16 * p_stride + k, p_stride * 4);
-          if (pair) {
-            _tile_loadd(7, panel + k * width + 16, width * 4);
-            amx_dot_2x2<Math::kBFloat16>();
-          } else {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(2, 5, 6);
-          }
-        }
-      }
-      _tile_stored(0, at, columns * 4);
-      _tile_stored(2, at + 16 * columns, columns * 4);
-      if (pair) {
-        _tile_stored(1, at + 16, columns * 4);
-        _tile_stored(3, at + 16 * columns + 16, columns * 4);
+        _tile_loadd(7, v + kNextColumns, 64);
+        amx_dot_2x2<Math::kBFloat16>();
+      } else {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
       }
     }
+  }
+  _tile_stored(0, o, o_stride * 4);
+  _tile_stored(2, o + 16 * o_stride, o_stride * 4);
+  if (pair) {
+    _tile_stored(1, o + 16, o_stride * 4);
+    _tile_stored(3, o + 16 * o_stride + 16, o_stride * 4);
   }
 }
 

@@ -86,7 +86,8 @@ inline void row_as_words(const RowSource& source, std::int64_t index, Math math,
 
 inline constexpr std::int64_t kMaxDim = 576;
 
-// [row][word] -> [word][row] for 64 rows.
+// [row][word] -> key_word() order, for 64 rows.
+template <Math math>
 inline void transpose_words(const std::uint32_t* rows, std::int64_t words, std::int64_t row_stride,
                             std::uint32_t* panel) {
 #if HEDDLE_ISA_LEVEL >= 2
@@ -127,18 +128,18 @@ inline void transpose_words(const std::uint32_t* rows, std::int64_t words, std::
       }
       if (left == 16) {
         HEDDLE_UNROLL
-        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (w0 + i) * kTileKeys + r0, a[i]);
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(panel + key_word<math>(w0 + i, r0, words), a[i]);
       } else {
         HEDDLE_UNROLL
         for (int i = 0; i < 16; ++i) {
-          if (i < left) _mm512_storeu_si512(panel + (w0 + i) * kTileKeys + r0, a[i]);
+          if (i < left) _mm512_storeu_si512(panel + key_word<math>(w0 + i, r0, words), a[i]);
         }
       }
     }
   }
 #else
   for (std::int64_t w = 0; w < words; ++w) {
-    for (int r = 0; r < kTileKeys; ++r) panel[w * kTileKeys + r] = rows[r * row_stride + w];
+    for (int r = 0; r < kTileKeys; ++r) panel[key_word<math>(w, r, words)] = rows[r * row_stride + w];
   }
 #endif
 }
@@ -180,10 +181,14 @@ inline void pack_keys(const RowSource& source, Math math, void* out) {
   if (math == Math::kInt8 && !kAmx) {  // VPDPBUSD reads keys unsigned
     for (std::int64_t i = 0; i < kTileKeys * words; ++i) rows[i] ^= 0x80808080u;
   }
-  transpose_words(rows, words, words, static_cast<std::uint32_t*>(out));
+  if (math == Math::kFloat32) {
+    transpose_words<Math::kFloat32>(rows, words, words, static_cast<std::uint32_t*>(out));
+  } else {  // bf16 and int8 alike
+    transpose_words<Math::kBFloat16>(rows, words, words, static_cast<std::uint32_t*>(out));
+  }
 }
 
-// -> panels of 64 columns, [word of key][column]
+// -> value_word() order. Returns whether all values are finite.
 inline bool pack_values(const RowSource& source, Math math, void* out) {
   const std::int64_t columns = padded_columns(source.dim);
   const int per_word = elements_per_word(math);
@@ -212,11 +217,11 @@ inline bool pack_values(const RowSource& source, Math math, void* out) {
       }
     }
     const std::uint32_t* from = math == Math::kFloat32 ? pair[0] : reinterpret_cast<const std::uint32_t*>(scratch);
-    std::uint32_t* panel = static_cast<std::uint32_t*>(out);
-    for (std::int64_t c0 = 0; c0 < columns; c0 += kTileKeys) {
-      const std::int64_t width = columns - c0 < kTileKeys ? columns - c0 : kTileKeys;
-      std::memcpy(panel + w * width, from + c0, static_cast<std::size_t>(width) * 4);
-      panel += kTileKeys / per_word * width;
+    std::uint32_t* to = static_cast<std::uint32_t*>(out);
+    for (std::int64_t c = 0; c < columns; c += 16) {  // the columns' unit in either order
+      const std::int64_t at = math == Math::kFloat32 ? value_word<Math::kFloat32>(w, c, columns)
+                                                     : value_word<Math::kBFloat16>(w, c, columns);
+      std::memcpy(to + at, from + c, 64);
     }
   }
   return nonfinite == 0;

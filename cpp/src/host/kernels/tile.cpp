@@ -1,4 +1,5 @@
 // The tile operations of one instruction set.
+#include "host/kernels/amx_step.h"
 #include "host/kernels/matmul.h"
 #include "host/kernels/pack.h"
 #include "host/kernels/softmax.h"
@@ -23,41 +24,14 @@ HEDDLE_INLINE void multiply_scores(const std::uint32_t* q, std::int64_t words, c
                                    const std::int32_t* row_sums, float* scores) {
 #if HEDDLE_ISA_LEVEL >= 4
   if constexpr (math != Math::kFloat32) {
-    amx_scores<math>(q, words, panel, scores, kStride);
+    amx_scores_32x32<math>(q, words, panel, scores, kStride);
+    amx_scores_32x32<math>(q, words, panel + 32 * words, scores + 32, kStride);
     return;
   }
 #endif
   if constexpr (math == Math::kFloat32 || HEDDLE_ISA_LEVEL == 3) {
     score_block<math>(q, words, panel, row_sums, scores, kStride);
   }
-}
-
-// One tile of P V element by element, skipping what is masked: 0 * NaN is NaN, and memory that a row must not see may hold it.
-template <Math pv>
-void add_visible_values(const void* p_row, int t, std::uint64_t bits, const void* values, std::int64_t columns,
-                        float* o) {
-  constexpr std::int64_t kPerWord = elements_per_word(pv);
-  for (; bits != 0; bits &= bits - 1) {
-    const int key = __builtin_ctzll(bits);
-    const std::int64_t at = t * kTileKeys + key;
-    const float p = pv == Math::kFloat32 ? static_cast<const float*>(p_row)[at]
-                                         : bf16_to_float(static_cast<const std::uint16_t*>(p_row)[at]);
-    const std::byte* panel = static_cast<const std::byte*>(values);
-    for (std::int64_t c0 = 0; c0 < columns; c0 += kTileKeys) {
-      const std::int64_t width = columns - c0 < kTileKeys ? columns - c0 : kTileKeys;
-      for (std::int64_t c = 0; c < width; ++c) {
-        const std::int64_t element = ((key / kPerWord) * width + c) * kPerWord + key % kPerWord;
-        o[c0 + c] += p * (pv == Math::kFloat32 ? reinterpret_cast<const float*>(panel)[element]
-                                               : bf16_to_float(reinterpret_cast<const std::uint16_t*>(panel)[element]));
-      }
-      panel += kTileKeys / kPerWord * width * 4;
-    }
-  }
-}
-
-HEDDLE_INLINE void scale_row(float* o, std::int64_t columns, float alpha) {
-  if (alpha == 1.0f) return;
-  for (std::int64_t c = 0; c < columns; c += kWidth) store(o + c, load(o + c) * set1(alpha));
 }
 
 template <Math qk, Math pv>
@@ -108,24 +82,6 @@ void run_step(const RowTile& tile, const Step& step, const StepScratch& scratch)
     for (std::int64_t r = rows; r < kChunk; ++r) alpha[r] = 1.0f;
 
     float* o = tile.o + chunk * tile.columns;
-#if HEDDLE_ISA_LEVEL >= 4
-    if constexpr (pv != Math::kFloat32) {
-      for (std::int64_t r = 0; r < rows; ++r) scale_row(o + r * tile.columns, tile.columns, alpha[r]);
-      for (std::int64_t b = 0; b < blocks; ++b) {
-        for (int t = 0; t < step.tiles; ++t) {
-          if (step.finite[t] || step.bits[t] == nullptr || !active[b][t]) continue;
-          for (std::int64_t r = b * kBlock; r < (b + 1) * kBlock && r < rows; ++r) {
-            add_visible_values<pv>(p + r * kStride / kPerWord, t, step.bits[t][chunk + r], step.values[t], tile.columns,
-                                   o + r * tile.columns);
-          }
-          active[b][t] = false;
-        }
-        amx_values(p + b * kBlock * kStride / kPerWord, kStride / kPerWord, step.values, active[b], step.tiles,
-                   tile.columns, o + b * kBlock * tile.columns);
-      }
-      continue;
-    }
-#endif
     if constexpr (pv == Math::kFloat32 || HEDDLE_ISA_LEVEL == 3) {
       bool pending[kChunk / kBlock];
       for (std::int64_t b = 0; b < blocks; ++b) pending[b] = true;
@@ -135,7 +91,7 @@ void run_step(const RowTile& tile, const Step& step, const StepScratch& scratch)
           if (!step.finite[t] && step.bits[t] != nullptr) {
             for (std::int64_t r = b * kBlock; r < (b + 1) * kBlock && r < rows; ++r) {
               if (pending[b]) scale_row(o + r * tile.columns, tile.columns, alpha[r]);
-              add_visible_values<pv>(p + r * kStride / kPerWord, t, step.bits[t][chunk + r], step.values[t],
+              add_visible_values<pv>(p + (r * kStride + t * kTileKeys) / kPerWord, step.bits[t][chunk + r], step.values[t],
                                      tile.columns, o + r * tile.columns);
             }
             pending[b] = false;
@@ -154,9 +110,14 @@ void run_step(const RowTile& tile, const Step& step, const StepScratch& scratch)
 }
 
 void step(const RowTile& tile, const Step& step, Math qk, Math pv, const StepScratch& scratch) {
-#if HEDDLE_ISA_LEVEL >= 3
-  if (qk == Math::kBFloat16 && pv == Math::kBFloat16) return run_step<Math::kBFloat16, Math::kBFloat16>(tile, step, scratch);
+#if HEDDLE_ISA_LEVEL >= 4
+  if (qk == Math::kBFloat16) return amx_step<Math::kBFloat16>(tile, step, scratch);
+  if (qk == Math::kInt8 && pv == Math::kBFloat16) return amx_step<Math::kInt8>(tile, step, scratch);
+#elif HEDDLE_ISA_LEVEL == 3
+  if (qk == Math::kBFloat16) return run_step<Math::kBFloat16, Math::kBFloat16>(tile, step, scratch);
   if (qk == Math::kInt8 && pv == Math::kBFloat16) return run_step<Math::kInt8, Math::kBFloat16>(tile, step, scratch);
+#endif
+#if HEDDLE_ISA_LEVEL >= 3
   if (qk == Math::kInt8) return run_step<Math::kInt8, Math::kFloat32>(tile, step, scratch);
 #endif
   (void)qk;
