@@ -24,8 +24,9 @@ target_compile_options(
     $<$<AND:$<BOOL:${HEDDLE_WERROR}>,$<COMPILE_LANGUAGE:CXX>>:-Werror>)
 if(HEDDLE_SANITIZE)
   string(REPLACE ";" "," heddle_sanitizers "${HEDDLE_SANITIZE}")
+  # -O1: the kernels' templates under sanitizers take minutes to optimize further.
   target_compile_options(
-    heddle_flags INTERFACE -fsanitize=${heddle_sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
+    heddle_flags INTERFACE -fsanitize=${heddle_sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1)
   target_link_options(heddle_flags INTERFACE -fsanitize=${heddle_sanitizers})
 endif()
 

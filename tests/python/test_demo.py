@@ -287,7 +287,7 @@ def test_the_reports_plots_have_a_line_or_mark_for_each_variant():
     results = made_up()
     for name, plot in _plots.PLOTS.items():
         svg = plot(results)
-        absent = {"layers": {"dense"}, "positions": {"dense", "sdpa"}}.get(name, set())
+        absent = {"dense", "sdpa"} if name in ("layers", "positions") else set()
         for variant in results["variants"]:
             assert (variant["label"] in svg) == (variant["name"] not in absent), (name, variant["name"])
             assert (_plots.color(variant["name"]) in svg) or variant["name"] in absent

@@ -1,8 +1,10 @@
-// Attention and decode on the host: tiled online softmax in one pass over the keys, in parallel over row tiles and key splits.
+// Attention and decode on the host: tiled online softmax in one pass over the keys, in parallel over row tiles and key
+// splits.
 //
-// Units with several query rows take the tile path: keys and values are packed (see tile_kernels.h), once for all row tiles that
-// read them, and multiplied in registers or matrix tiles. Units with few rows take the stream path: keys and values are read once,
-// where they lie. Limits: the FMA, VDPBF16PS or AMX rate for the first, memory bandwidth for the second.
+// Units with several query rows take the tile path: keys and values are packed (see tile_kernels.h), once for all row
+// tiles that read them, and multiplied in registers or matrix tiles. Units with few rows take the stream path: keys and
+// values are read once, where they lie. Limits: the FMA, VDPBF16PS or AMX rate for the first, memory bandwidth for the
+// second.
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -32,8 +34,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Keys and values packed at a time: bounds the memory of a call whatever its length.
 constexpr std::size_t kPackBudget = std::size_t{64} << 20;
 
-// Element types of the two products, from what q, k and v are and what the processor multiplies natively. bf16 and int8 operands
-// are never rounded on the way; whatever bf16 cannot hold exactly runs as float32.
+// Element types of the two products, from what q, k and v are and what the processor multiplies natively. bf16 and int8
+// operands are never rounded on the way; whatever bf16 cannot hold exactly runs as float32.
 struct Formats {
   Math qk = Math::kFloat32, pv = Math::kFloat32;
   bool integer_scores = false;  // int8 queries on int8 keys, as stored
@@ -43,9 +45,7 @@ Formats choose_formats(const Problem& problem, bool native_words) {
   Formats f;
   f.integer_scores = problem.quantize_q || problem.q.dtype == DType::kInt8;
   if (!native_words) return f;
-  const auto fits_bf16 = [](DType d) {
-    return d == DType::kBFloat16 || d == DType::kInt8 || d == DType::kFloat8E4M3;
-  };
+  const auto fits_bf16 = [](DType d) { return d == DType::kBFloat16 || d == DType::kInt8 || d == DType::kFloat8E4M3; };
   const bool values = fits_bf16(problem.v.dtype) && problem.v.partition == 0;
   if (f.integer_scores) {
     f.qk = Math::kInt8;
@@ -84,16 +84,16 @@ struct Partials {
 
 // What a thread needs for one item of either path.
 struct Scratch {
-  std::byte* queries;          // packed, or as floats / int8 for the stream path
-  float* query_row;            // one row as floats
-  std::int8_t* query_int8;     // [kTileRows][dim]
+  std::byte* queries;                          // packed, or as floats / int8 for the stream path
+  float* query_row;                            // one row as floats
+  std::int8_t* query_int8;                     // [kTileRows][dim]
   float *factor, *bias, *query_scale, *m, *l;  // [kTileRows]
   std::int32_t* row_sums;                      // [kTileRows]
   float* o;                                    // [kTileRows][columns]
   float* scores;
   void* probabilities;
-  std::uint64_t* bits;         // [kStepTiles][kTileRows], or [kStreamRows][kStepTiles]
-  std::byte* keys;             // kStepTiles packed tiles
+  std::uint64_t* bits;  // [kStepTiles][kTileRows], or [kStreamRows][kStepTiles]
+  std::byte* keys;      // kStepTiles packed tiles
   std::byte* values;
   float *key_scale, *value_scale;  // [kStepTiles][64]
   const std::byte** key_rows;      // [kStreamKeys]
@@ -347,8 +347,8 @@ void Attention::run_chunk(std::vector<PackGroup>& groups, const std::vector<std:
   });
   phase(static_cast<std::int64_t>(merges.size()), false, [&](std::int64_t i, Scratch& s) {
     const MergeItem& item = merges[static_cast<std::size_t>(i)];
-    merge_rows(plan_.units[static_cast<std::size_t>(item.unit)], partials[static_cast<std::size_t>(item.unit)], item.row,
-               s.o);
+    merge_rows(plan_.units[static_cast<std::size_t>(item.unit)], partials[static_cast<std::size_t>(item.unit)],
+               item.row, s.o);
   });
   partial_workspace.trim(kPackBudget);
 }
@@ -378,7 +378,8 @@ void Attention::tiles_of(const Unit& unit, const Visibility& seen, std::int64_t 
 std::uint64_t Attention::bits_of(const Unit& unit, const Visibility& seen, std::int64_t query, std::int64_t k0) const {
   if (!unit.listed) return seen.bits64(query, k0);
   const auto [begin, end] = list_range(unit, seen, query);
-  const std::int64_t first = std::clamp<std::int64_t>(begin - k0, 0, 64), last = std::clamp<std::int64_t>(end - k0, 0, 64);
+  const std::int64_t first = std::clamp<std::int64_t>(begin - k0, 0, 64),
+                     last = std::clamp<std::int64_t>(end - k0, 0, 64);
   return first >= last ? 0 : (~std::uint64_t{0} >> (64 - (last - first))) << first;
 }
 
@@ -528,7 +529,8 @@ void Attention::run_tiles(const Unit& unit, std::int64_t row, std::int64_t rows,
         packed = packed_tile(*group, visit.index);
         step.finite[t] = group->finite[static_cast<std::size_t>(visit.index)] != 0;
       } else {
-        packed = {s.keys + static_cast<std::size_t>(t) * key_bytes_, s.values + static_cast<std::size_t>(t) * value_bytes_,
+        packed = {s.keys + static_cast<std::size_t>(t) * key_bytes_,
+                  s.values + static_cast<std::size_t>(t) * value_bytes_,
                   p_.k.partition > 0 ? s.key_scale + t * kTileKeys : nullptr};
         step.finite[t] = pack_tile(unit, visit.index, packed, s);
       }

@@ -10,26 +10,26 @@
 
 namespace heddle::host {
 
-inline constexpr int kStreamRows = 16;                           // query rows at most
-inline constexpr int kStreamKeys = kStepTiles * kTileKeys;       // keys a step takes at most
+inline constexpr int kStreamRows = 16;                      // query rows at most
+inline constexpr int kStreamKeys = kStepTiles * kTileKeys;  // keys a step takes at most
 
 // Query rows are padded with zeros to a multiple of 64 elements, and in number to a multiple of 4 (1 and 2 stay).
 struct StreamTile {
-  std::int64_t rows = 0;                   // 1 .. kStreamRows
-  const float* queries = nullptr;          // [padded rows][dim padded to 64], or
+  std::int64_t rows = 0;           // 1 .. kStreamRows
+  const float* queries = nullptr;  // [padded rows][dim padded to 64], or
   const std::int8_t* int8_queries = nullptr;
   const std::int32_t* row_sums = nullptr;  // int8: the sum of each query row
   const float* factor = nullptr;           // as in RowTile
   const float* bias = nullptr;
   float softcap = 0.0f;
-  float* o = nullptr;                      // [kStreamRows][columns]
-  std::int64_t columns = 0;                // padded_columns(Dv)
+  float* o = nullptr;        // [kStreamRows][columns]
+  std::int64_t columns = 0;  // padded_columns(Dv)
   float* m = nullptr;
   float* l = nullptr;
 };
 
 struct StreamStep {
-  const std::byte* const* keys = nullptr;    // kStreamKeys pointers; the last one is repeated past `count`
+  const std::byte* const* keys = nullptr;  // kStreamKeys pointers; the last one is repeated past `count`
   const std::byte* const* values = nullptr;
   int count = 0;
   DType key_dtype = DType::kFloat32, value_dtype = DType::kFloat32;

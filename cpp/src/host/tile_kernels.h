@@ -1,11 +1,12 @@
-// The host's tile operations: packing of queries, keys and values, one step of online softmax, and the finish. Compiled once per
-// instruction set (host/kernels/); the drivers call them through a table of function pointers.
+// The host's tile operations: packing of queries, keys and values, one step of online softmax, and the finish. Compiled
+// once per instruction set (host/kernels/); the drivers call them through a table of function pointers.
 //
-// All products run on 32-bit words, whatever the element type: a word holds 1 float, 2 bf16 or 4 int8 along the contracted axis.
+// All products run on 32-bit words, whatever the element type: a word holds 1 float, 2 bf16 or 4 int8 along the
+// contracted axis.
 //   Q  [row][word of D]                K  panel [word of D][key]       S = Q K: contracts D
 //   P  [row][word of key]              V  panel [word of key][column]  O = P V: contracts keys
-// (matmul.h gives the order within a packed tile.) This is the form of vector FMAs, VDPBF16PS, VPDPBUSD and AMX tiles alike, so packing is the
-// only place that knows how a cache stores its rows.
+// (matmul.h gives the order within a packed tile.) This is the form of vector FMAs, VDPBF16PS, VPDPBUSD and AMX tiles
+// alike, so packing is the only place that knows how a cache stores its rows.
 #pragma once
 
 #include <cstddef>
@@ -22,9 +23,7 @@ inline constexpr int kStepTiles = 4;   // KV tiles a step takes at most
 // Element type of a product's operands.
 enum class Math : std::uint8_t { kFloat32, kBFloat16, kInt8 };
 
-constexpr int elements_per_word(Math math) {
-  return math == Math::kFloat32 ? 1 : math == Math::kBFloat16 ? 2 : 4;
-}
+constexpr int elements_per_word(Math math) { return math == Math::kFloat32 ? 1 : math == Math::kBFloat16 ? 2 : 4; }
 // Words of D, padded with zeros to what the widest kernel contracts at once.
 constexpr std::int64_t query_words(std::int64_t dim, Math math) {
   const std::int64_t e = elements_per_word(math);
@@ -50,26 +49,27 @@ struct RowSource {
 
 // A row tile and the state of its online softmax.
 struct RowTile {
-  std::int64_t rows = 0;                  // 1 .. kTileRows
-  const void* queries = nullptr;          // [kTileRows][words]
-  std::int64_t words = 0;                 // of D
-  const std::int32_t* row_sums = nullptr; // int8: the sum of each query row
-  const float* factor = nullptr;          // [rows], >= 0: score = factor * product (* key scale) + bias, in base 2 (times log2 e)
-  const float* bias = nullptr;            // [rows] or null
-  float softcap = 0.0f;                   // in base 2 units too
-  float* o = nullptr;                     // [kTileRows][columns]
-  std::int64_t columns = 0;               // padded_columns(Dv)
-  float* m = nullptr;                     // [kTileRows] running maximum, base 2
-  float* l = nullptr;                     // [kTileRows] running sum
+  std::int64_t rows = 0;                   // 1 .. kTileRows
+  const void* queries = nullptr;           // [kTileRows][words]
+  std::int64_t words = 0;                  // of D
+  const std::int32_t* row_sums = nullptr;  // int8: the sum of each query row
+  const float* factor =
+      nullptr;                  // [rows], >= 0: score = factor * product (* key scale) + bias, in base 2 (times log2 e)
+  const float* bias = nullptr;  // [rows] or null
+  float softcap = 0.0f;         // in base 2 units too
+  float* o = nullptr;           // [kTileRows][columns]
+  std::int64_t columns = 0;     // padded_columns(Dv)
+  float* m = nullptr;           // [kTileRows] running maximum, base 2
+  float* l = nullptr;           // [kTileRows] running sum
 };
 
 struct Step {
   int tiles = 0;
   const void* keys[kStepTiles];
   const void* values[kStepTiles];
-  const std::uint64_t* bits[kStepTiles];     // [rows] visible keys, or null: all
-  const float* key_scale[kStepTiles];        // [64] or null
-  bool finite[kStepTiles];                   // whether all values are; a masked tile with others is multiplied element by element
+  const std::uint64_t* bits[kStepTiles];  // [rows] visible keys, or null: all
+  const float* key_scale[kStepTiles];     // [64] or null
+  bool finite[kStepTiles];  // whether all values are; a masked tile with others is multiplied element by element
 };
 
 // Scratch of a step: scores and probabilities of a row tile.
@@ -80,8 +80,8 @@ struct StepScratch {
 };
 
 struct TileKernels {
-  // Whether bf16 and int8 products exist; otherwise everything runs as float32. That is exact for int8 scores: every partial
-  // sum is a whole number below 2^24 (127 * 127 * 576 = 9.3e6).
+  // Whether bf16 and int8 products exist; otherwise everything runs as float32. That is exact for int8 scores: every
+  // partial sum is a whole number below 2^24 (127 * 127 * 576 = 9.3e6).
   bool native_words = false;
   void (*begin_thread)() = nullptr;  // before and after a thread's tile work: matrix-unit configuration
   void (*end_thread)() = nullptr;

@@ -7,8 +7,8 @@
 namespace heddle {
 namespace {
 
-// A request with few rows (decode) is cut along its keys so that one long request can use every worker. One with several row
-// tiles has enough parallel work without.
+// A request with few rows (decode) is cut along its keys so that one long request can use every worker. One with
+// several row tiles has enough parallel work without.
 constexpr std::int64_t kSplitKeys = 2048;
 
 }  // namespace
@@ -24,8 +24,8 @@ std::int64_t Plan::splits(const Unit& unit) const {
 }
 
 std::vector<WorkItem> Plan::items(std::span<const std::int32_t> chosen) const {
-  // KV head by KV head, so that workers share the keys that their caches hold; within one, late rows first, since they see
-  // more keys. The last items are then the lightest ones, which levels the end.
+  // KV head by KV head, so that workers share the keys that their caches hold; within one, late rows first, since they
+  // see more keys. The last items are then the lightest ones, which levels the end.
   std::vector<WorkItem> all;
   for (std::size_t first = 0, last; first < chosen.size(); first = last) {
     const Unit& head = units[chosen[first]];

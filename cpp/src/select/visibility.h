@@ -18,8 +18,8 @@ struct Tile {
   bool masked;
 };
 
-// The visibility of one request's keys for one query head. Token lists are not part of it: they say which keys a kernel is
-// handed in the first place (see token_list), and causality and windows then apply to what they name.
+// The visibility of one request's keys for one query head. Token lists are not part of it: they say which keys a kernel
+// is handed in the first place (see token_list), and causality and windows then apply to what they name.
 class Visibility {
  public:
   Visibility(const Problem& problem, std::int64_t request, std::int64_t q_head);
@@ -29,8 +29,8 @@ class Visibility {
 
   // Queries [q0, q1) x keys [k0, k1).
   TileKind classify(std::int64_t q0, std::int64_t q1, std::int64_t k0, std::int64_t k1) const;
-  // The tiles of `tile` keys that queries [q0, q1) visit among the keys [k0, k1), ascending; k0 is a multiple of `tile`, and so is
-  // k1 unless it ends the keys. A ragged last tile is masked.
+  // The tiles of `tile` keys that queries [q0, q1) visit among the keys [k0, k1), ascending; k0 is a multiple of
+  // `tile`, and so is k1 unless it ends the keys. A ragged last tile is masked.
   void tiles(std::int64_t q0, std::int64_t q1, std::int64_t k0, std::int64_t k1, std::int64_t tile,
              std::vector<Tile>& out) const;
   // Bit n of the result: `query` sees key k0 + n; keys at and past the request's length are 0.

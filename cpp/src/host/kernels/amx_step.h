@@ -1,12 +1,13 @@
-// A step of the tile path on AMX, pipelined: matrix tiles multiply one block while vector units take the softmax of another.
+// A step of the tile path on AMX, pipelined: matrix tiles multiply one block while vector units take the softmax of
+// another.
 //
 //   block      0         1         2     ...      32 query rows x up to 4 KV tiles
 //   AMX       S0 | S1          S2  P0 V    S3  P1 V
 //   vectors      | softmax S0  softmax S1  softmax S2
 //
-// The two streams of instructions are interleaved row by row; out-of-order execution overlaps them. Scores of a block are 32 KiB and
-// probabilities 16 KiB, two of each in flight. Smaller blocks fit the first-level cache, but were 10 % slower at D 128: each block
-// loads and stores its output rows once.
+// The two streams of instructions are interleaved row by row; out-of-order execution overlaps them. Scores of a block
+// are 32 KiB and probabilities 16 KiB, two of each in flight. Smaller blocks fit the first-level cache, but were 10 %
+// slower at D 128: each block loads and stores its output rows once.
 #pragma once
 
 #if HEDDLE_ISA_LEVEL >= 4
@@ -22,10 +23,10 @@ inline constexpr int kBlockTiles = 4;
 inline constexpr int kMaxBlocks = kTileRows / kAmxRows * ((kStepTiles + kBlockTiles - 1) / kBlockTiles);
 
 struct AmxBlock {
-  std::int64_t row = 0;       // first of its rows in the row tile
-  int tiles = 0;              // of the step that it multiplies
+  std::int64_t row = 0;  // first of its rows in the row tile
+  int tiles = 0;         // of the step that it multiplies
   int tile[kBlockTiles];
-  float* scores = nullptr;            // [tiles][32][64]
+  float* scores = nullptr;                 // [tiles][32][64]
   std::uint32_t* probabilities = nullptr;  // [32][kBlockTiles * 32] words
 };
 inline constexpr std::int64_t kScoreTile = kAmxRows * kTileKeys;
@@ -201,7 +202,8 @@ void amx_step(const RowTile& tile, const Step& step, const StepScratch& scratch)
       }
       if (block.tiles == 0) continue;
       block.scores = static_cast<float*>(scratch.scores) + count % 2 * kBlockTiles * kScoreTile;
-      block.probabilities = static_cast<std::uint32_t*>(scratch.probabilities) + count % 2 * kAmxRows * kProbabilityStride;
+      block.probabilities =
+          static_cast<std::uint32_t*>(scratch.probabilities) + count % 2 * kAmxRows * kProbabilityStride;
       ++count;
     }
   }

@@ -1,5 +1,5 @@
-// Products of word matrices (see host/tile_kernels.h): a register-blocked kernel on vector FMAs, VDPBF16PS or VPDPBUSD, and
-// the same products on AMX tiles.
+// Products of word matrices (see host/tile_kernels.h): a register-blocked kernel on vector FMAs, VDPBF16PS or VPDPBUSD,
+// and the same products on AMX tiles.
 #pragma once
 
 #include "host/kernels/simd.h"
@@ -10,8 +10,9 @@ namespace heddle::host::HEDDLE_ISA {
 inline constexpr bool kAmx = HEDDLE_ISA_LEVEL >= 4;
 inline constexpr std::int64_t kAmxTile = 256;  // words of an AMX tile
 
-// Where packed words lie. For vectors, panels of up to 64 columns, row by row. For AMX, 16 x 16 tiles one after the other, in the
-// order in which they are multiplied: keys by 32, 16 words of D, then 16; values by 16 columns, then 16 words of keys.
+// Where packed words lie. For vectors, panels of up to 64 columns, row by row. For AMX, 16 x 16 tiles one after the
+// other, in the order in which they are multiplied: keys by 32, 16 words of D, then 16; values by 16 columns, then 16
+// words of keys.
 template <Math math>
 constexpr std::int64_t key_word(std::int64_t word, std::int64_t key, std::int64_t words) {
   if (kAmx && math != Math::kFloat32) {
@@ -141,9 +142,11 @@ inline void value_block(const std::uint32_t* p, std::int64_t p_stride, const std
   }
 }
 
-// One tile of P V element by element, skipping what is masked: 0 * NaN is NaN, and memory that a row must not see may hold it.
+// One tile of P V element by element, skipping what is masked: 0 * NaN is NaN, and memory that a row must not see may
+// hold it.
 template <Math pv>
-inline void add_visible_values(const void* p_row, std::uint64_t bits, const void* values, std::int64_t columns, float* o) {
+inline void add_visible_values(const void* p_row, std::uint64_t bits, const void* values, std::int64_t columns,
+                               float* o) {
   constexpr std::int64_t kPerWord = elements_per_word(pv);
   for (; bits != 0; bits &= bits - 1) {
     const int key = __builtin_ctzll(bits);
@@ -164,7 +167,8 @@ HEDDLE_INLINE void scale_row(float* o, std::int64_t columns, float alpha) {
 
 #if HEDDLE_ISA_LEVEL >= 4
 
-// AMX: tiles 0..3 accumulate 2 x 2 blocks of 16 x 16, 4 and 5 hold A (16 rows x 16 words), 6 and 7 hold B (16 words x 16).
+// AMX: tiles 0..3 accumulate 2 x 2 blocks of 16 x 16, 4 and 5 hold A (16 rows x 16 words), 6 and 7 hold B (16 words x
+// 16).
 inline constexpr int kAmxRows = 32;
 
 template <Math math>
@@ -184,8 +188,8 @@ HEDDLE_INLINE void amx_dot_2x2() {
 
 // scores[0..32)[0..32) = a . keys: `keys` is the first of their AMX tiles (see key_word()).
 template <Math math>
-HEDDLE_INLINE void amx_scores_32x32(const std::uint32_t* a, std::int64_t words, const std::uint32_t* keys, float* scores,
-                                    std::int64_t score_stride) {
+HEDDLE_INLINE void amx_scores_32x32(const std::uint32_t* a, std::int64_t words, const std::uint32_t* keys,
+                                    float* scores, std::int64_t score_stride) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -203,8 +207,8 @@ HEDDLE_INLINE void amx_scores_32x32(const std::uint32_t* a, std::int64_t words, 
   _tile_stored(3, scores + 16 * score_stride + 16, score_stride * 4);
 }
 
-// o[0..32)[0..32) (or 16 columns, not `pair`) += p . values over the given KV tiles, each given by the first AMX tile of its
-// columns (see value_word()); p's KV tiles lie side by side.
+// o[0..32)[0..32) (or 16 columns, not `pair`) += p . values over the given KV tiles, each given by the first AMX tile
+// of its columns (see value_word()); p's KV tiles lie side by side.
 HEDDLE_INLINE void amx_values_32x32(const std::uint32_t* p, std::int64_t p_stride, const std::uint32_t* const* values,
                                     int tiles, bool pair, float* o, std::int64_t o_stride) {
   constexpr std::int64_t kWords = kTileKeys / 2, kNextColumns = kWords / 16 * kAmxTile;

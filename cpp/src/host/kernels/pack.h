@@ -24,10 +24,8 @@ HEDDLE_INLINE float load_element(const std::byte* row, std::int64_t i, DType dty
       std::memcpy(&x, row + 2 * i, 2);
       return fp16_to_float(x);
     }
-    case DType::kInt8:
-      return static_cast<float>(static_cast<std::int8_t>(row[i]));
-    default:
-      return e4m3_to_float(static_cast<std::uint8_t>(row[i]));
+    case DType::kInt8: return static_cast<float>(static_cast<std::int8_t>(row[i]));
+    default: return e4m3_to_float(static_cast<std::uint8_t>(row[i]));
   }
 }
 
@@ -39,20 +37,11 @@ inline void load_floats(const std::byte* row, std::int64_t dim, float* out) {
 // One row as floats, as stored.
 inline void row_as_floats(const std::byte* row, std::int64_t dim, DType dtype, float* out) {
   switch (dtype) {
-    case DType::kFloat32:
-      std::memcpy(out, row, static_cast<std::size_t>(dim) * 4);
-      break;
-    case DType::kBFloat16:
-      load_floats<DType::kBFloat16>(row, dim, out);
-      break;
-    case DType::kFloat16:
-      load_floats<DType::kFloat16>(row, dim, out);
-      break;
-    case DType::kInt8:
-      load_floats<DType::kInt8>(row, dim, out);
-      break;
-    default:
-      load_floats<DType::kFloat8E4M3>(row, dim, out);
+    case DType::kFloat32: std::memcpy(out, row, static_cast<std::size_t>(dim) * 4); break;
+    case DType::kBFloat16: load_floats<DType::kBFloat16>(row, dim, out); break;
+    case DType::kFloat16: load_floats<DType::kFloat16>(row, dim, out); break;
+    case DType::kInt8: load_floats<DType::kInt8>(row, dim, out); break;
+    default: load_floats<DType::kFloat8E4M3>(row, dim, out);
   }
 }
 

@@ -1,5 +1,6 @@
-// A vector of floats at the width of the instruction set that this file is compiled for, and the few operations attention needs.
-// Everything lies in the ISA's own namespace, so that no function of one ISA can be linked into another.
+// A vector of floats at the width of the instruction set that this file is compiled for, and the few operations
+// attention needs. Everything lies in the ISA's own namespace, so that no function of one ISA can be linked into
+// another.
 #pragma once
 
 #include <cstddef>

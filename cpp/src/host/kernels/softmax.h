@@ -27,8 +27,7 @@ HEDDLE_INLINE void store_pair(void* row, int column, F a, F b) {
     store(static_cast<float*>(row) + column + kWidth, b);
   } else {
 #if HEDDLE_ISA_LEVEL >= 3
-    _mm512_storeu_si512(static_cast<std::uint16_t*>(row) + column,
-                        (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+    _mm512_storeu_si512(static_cast<std::uint16_t*>(row) + column, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
 #endif
   }
 }
@@ -40,8 +39,8 @@ struct SoftmaxRow {
   float* l;
 };
 
-// scores [kStepTiles * 64] of one row -> probabilities; updates m and l; returns what earlier sums must be multiplied by.
-// Tiles that are not active are neither read nor written.
+// scores [kStepTiles * 64] of one row -> probabilities; updates m and l; returns what earlier sums must be multiplied
+// by. Tiles that are not active are neither read nor written.
 template <bool kIntScores, Math pv>
 inline float softmax_row(float* scores, void* probabilities, const Step& step, const bool* active,
                          std::int64_t bits_row, const SoftmaxRow& row) {
@@ -53,7 +52,8 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
     if (!active[t]) continue;
     float* s = scores + t * kTileKeys;
     const float* key_scale = step.key_scale[t];
-    if (key_scale != nullptr || row.softcap > 0.0f) {  // scores that are not a multiple of the product: rewritten in place
+    if (key_scale != nullptr ||
+        row.softcap > 0.0f) {  // scores that are not a multiple of the product: rewritten in place
       for (int n = 0; n < kVectors; ++n) {
         F x = load_scores<kIntScores>(s + n * kWidth);
         if (key_scale != nullptr) x = x * load(key_scale + n * kWidth);

@@ -1,9 +1,9 @@
-// Decode's kernels of one instruction set: scores by dot products over keys where they lie, softmax, and values summed the same way.
-#include "host/stream_kernels.h"
-
+// Decode's kernels of one instruction set: scores by dot products over keys where they lie, softmax, and values summed
+// the same way.
 #include "host/kernels/pack.h"
 #include "host/kernels/simd.h"
 #include "host/kernels/softmax.h"
+#include "host/stream_kernels.h"
 
 namespace heddle::host::HEDDLE_ISA {
 namespace {
@@ -26,8 +26,8 @@ HEDDLE_INLINE F load_elements(const std::byte* p) {
   } else if constexpr (dtype == DType::kInt8) {
     return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   } else if constexpr (dtype == DType::kFloat8E4M3) {
-    // E4M3 is fp16 with a bias of 7 instead of 15: shift, convert (which handles subnormals) and multiply by 2^8. Its NaN,
-    // the code 0x7f, comes out as 480.
+    // E4M3 is fp16 with a bias of 7 instead of 15: shift, convert (which handles subnormals) and multiply by 2^8. Its
+    // NaN, the code 0x7f, comes out as 480.
     const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
     const F x = (F)_mm512_cvtph_ps(half) * set1(256.0f);
@@ -79,8 +79,10 @@ HEDDLE_INLINE void store_sums(const F (&acc)[R][4], float* scores, int key) {
     const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     quad[r] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
   }
-  const __m512 lo = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
-  const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
+  const __m512 lo =
+      _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
+  const __m512 hi =
+      _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
   const __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd));
   alignas(64) float all[16];
   _mm512_store_ps(all, sums);
@@ -187,7 +189,8 @@ void add_values(const StreamStep& step, const float* p, const float* alpha, floa
     if (left >= kVectors * kWidth) {
       for (int j = 0; j < step.count; ++j) {
         const std::byte* row = step.values[j] + c * kBytes;
-        if (c == 0) prefetch_row(step.values[j + kAhead < kStreamKeys ? j + kAhead : kStreamKeys - 1], step.dim_v * kBytes);
+        if (c == 0)
+          prefetch_row(step.values[j + kAhead < kStreamKeys ? j + kAhead : kStreamKeys - 1], step.dim_v * kBytes);
         F x[kVectors];
         HEDDLE_UNROLL
         for (int n = 0; n < kVectors; ++n) x[n] = load_elements<dtype>(row + n * kWidth * kBytes);

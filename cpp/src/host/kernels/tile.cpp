@@ -36,8 +36,8 @@ HEDDLE_INLINE void multiply_scores(const std::uint32_t* q, std::int64_t words, c
 
 template <Math qk, Math pv>
 void run_step(const RowTile& tile, const Step& step, const StepScratch& scratch) {
-  // A block visits the tiles that any of its rows sees. Blocks go through the products in chunks: large enough to use a packed
-  // tile more than once while it is in L1, small enough that their scores stay near.
+  // A block visits the tiles that any of its rows sees. Blocks go through the products in chunks: large enough to use a
+  // packed tile more than once while it is in L1, small enough that their scores stay near.
   constexpr bool kAlike = product_rows<qk>() == product_rows<pv>();
   constexpr std::int64_t kBlock = kAlike ? product_rows<qk>() : kTileRows;
   constexpr std::int64_t kChunk = kBlock == kBlockRows ? 4 * kBlockRows : kBlock;
@@ -91,8 +91,8 @@ void run_step(const RowTile& tile, const Step& step, const StepScratch& scratch)
           if (!step.finite[t] && step.bits[t] != nullptr) {
             for (std::int64_t r = b * kBlock; r < (b + 1) * kBlock && r < rows; ++r) {
               if (pending[b]) scale_row(o + r * tile.columns, tile.columns, alpha[r]);
-              add_visible_values<pv>(p + (r * kStride + t * kTileKeys) / kPerWord, step.bits[t][chunk + r], step.values[t],
-                                     tile.columns, o + r * tile.columns);
+              add_visible_values<pv>(p + (r * kStride + t * kTileKeys) / kPerWord, step.bits[t][chunk + r],
+                                     step.values[t], tile.columns, o + r * tile.columns);
             }
             pending[b] = false;
             continue;
