@@ -442,6 +442,7 @@ void Attention::prepare_rows(const Unit& unit, std::int64_t row, std::int64_t ro
     for (std::int64_t r = rows; r < kTileRows; ++r) {  // kernels take whole vectors of rows
       s.factor[r] = s.bias[r] = s.l[r] = 0.0f;
       s.m[r] = -kInfinity;
+      s.row_sums[r] = 0;
     }
     tile_.pack_queries({sources, rows, dim, source_type, nullptr}, formats_.qk, negate, s.queries, s.row_sums);
     return;
