@@ -62,7 +62,7 @@ def attention(
         partition: tokens that share a scale, for "int8-a".
         smooth: with a format: subtract each head's mean key before quantizing.
         return_lse: also return lse.
-        out: where the result goes: writable, its shape and dtype, no zero strides.
+        out: where the result goes: writable, of its shape and dtype, apart from the inputs, without zero strides.
         backend: "host", "reference" (float64, the oracle), "sm90"; None or "auto" takes the first that can, and
             heddle.last_kernel() tells which did.
         schedule: a heddle.Schedule or its kind's name. It changes the time, not the bits.
