@@ -103,7 +103,15 @@ const char* format_name(const QuantizedTensor& tensor) {
 }  // namespace
 
 Operand operand(py::handle object, const char* argument) {
-  if (!py::isinstance<QuantizedTensor>(object)) return {array(object, argument), {}};
+  if (!py::isinstance<QuantizedTensor>(object)) {
+    Array plain = array(object, argument);
+    if (plain.view.dtype == DType::kInt8 || plain.view.dtype == DType::kFloat8E4M3) {
+      check::fail(ErrorCode::kDType, argument,
+                  check::text("dtype ", to_string(plain.view.dtype),
+                              " without scales; allowed are floating-point arrays and heddle.QuantizedTensor"));
+    }
+    return {std::move(plain), {}};
+  }
   const auto& tensor = object.cast<const QuantizedTensor&>();
   return {tensor.data, tensor.scales()};
 }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <optional>
 #include <unordered_map>
 #include <utility>
 
@@ -47,6 +46,13 @@ void check_rank(const char* argument, std::int64_t rank) {
   if (rank > kMaxRank) fail(ErrorCode::kShape, argument, text("rank ", rank, "; allowed are ranks up to ", kMaxRank));
 }
 
+void check_aligned(const char* argument, const TensorView& view) {
+  const std::size_t size = size_of(view.dtype);
+  if (reinterpret_cast<std::uintptr_t>(view.data) % size != 0) {
+    fail(ErrorCode::kLayout, argument, text("its memory is not aligned to its elements of ", size, " bytes"));
+  }
+}
+
 // A library refused to hand out its memory. Torch appends a stack trace to its reason; the first line says it.
 [[noreturn]] void fail_export(const char* argument, py::handle object, py::error_already_set& error) {
   if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw error;
@@ -88,9 +94,7 @@ Array from_numpy(py::array array, const char* argument) {
                 size));
     }
   }
-  if ((array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0) {
-    fail(ErrorCode::kLayout, argument, text("its memory is not aligned to its elements of ", size, " bytes"));
-  }
+  check_aligned(argument, view);
   result.writable = array.writeable();
   result.object = std::move(array);
   return result;
@@ -159,9 +163,7 @@ TensorView view_of(const DLTensor& tensor, const char* argument) {
   const auto* known = std::ranges::find_if(kDTypes, [&](const DTypeName& n) {
     return n.code == tensor.dtype.code && n.bits == tensor.dtype.bits && tensor.dtype.lanes == 1;
   });
-  if (known == kDTypes.end()) {
-    fail_dtype(argument, dtype_name(tensor.dtype));
-  }
+  if (known == kDTypes.end()) fail_dtype(argument, dtype_name(tensor.dtype));
   view.dtype = known->dtype;
   switch (tensor.device.device_type) {
     case kDLCPU:
@@ -182,6 +184,7 @@ TensorView view_of(const DLTensor& tensor, const char* argument) {
     view.strides[axis] = tensor.strides != nullptr ? tensor.strides[axis] : contiguous;
     contiguous *= view.shape[axis];
   }
+  check_aligned(argument, view);
   return view;
 }
 

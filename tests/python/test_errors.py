@@ -62,7 +62,7 @@ ATTENTION = [
     case("dtype of k", "k", TYPE, "dtype", "float16", "float32", k=K.astype(np.float16)),
     case("dtype of v", "v", TYPE, "dtype", "bfloat16", "float32", v=V.astype(ml_dtypes.bfloat16)),
     case("integers", "q", TYPE, "dtype", "int32", "float32", q=Q.astype(np.int32)),
-    case("int8 without scales", "k_scales.scale", VALUE, "shape", "not given", "needed", k=K.astype(np.int8)),
+    case("int8 without scales", "k", TYPE, "dtype", "int8 without scales", "QuantizedTensor", k=K.astype(np.int8)),
     case("unknown dtype", "q", TYPE, "dtype", "uint16", "float32", q=Q.astype(np.uint16)),
     case(
         "unknown torch dtype",
@@ -87,6 +87,16 @@ ATTENTION = [
         "not aligned",
         "4 bytes",
         q=np.frombuffer(b"\0" + Q.tobytes(), np.uint8)[1:].view(np.float32).reshape(Q.shape),
+    ),
+    case(
+        "unaligned torch",
+        "k",
+        VALUE,
+        "layout",
+        "not aligned",
+        "4 bytes",
+        **TORCH
+        | {"k": torch.frombuffer(bytearray(1 + K.nbytes), dtype=torch.float32, offset=1).reshape(K.shape), "out": None},
     ),
     case("mixed devices", "k", VALUE, "device", "cuda:0", "cpu", k=Producer(K, **ON_GPU)),
     case(
