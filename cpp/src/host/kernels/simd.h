@@ -33,6 +33,7 @@ inline constexpr int kWidth = 4;
 
 typedef float F __attribute__((vector_size(kWidth * 4)));
 typedef std::int32_t I __attribute__((vector_size(kWidth * 4)));
+typedef std::uint32_t U __attribute__((vector_size(kWidth * 4)));
 
 HEDDLE_INLINE F load(const void* p) {
   F x;
@@ -136,7 +137,8 @@ HEDDLE_INLINE F exp2(F x) {
 #if HEDDLE_ISA_LEVEL >= 2
   return (F)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2^floor(x)
 #else
-  const F scaled = as_float(as_int(p) + (n << 23));
+  // Unsigned: a score that a mask is about to drop may be any number, and wraps.
+  const F scaled = (F)((U)p + ((U)n << 23));
   const I in_range = x >= set1(-126.0f);
   const I is_nan = x != x;
   return as_float((in_range & as_int(scaled)) | (is_nan & as_int(x)));
