@@ -12,7 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <numeric>
+#include <span>
 #include <vector>
 
 #include "core/kernels.h"
@@ -33,6 +33,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Keys and values packed at a time: bounds the memory of a call whatever its length.
 constexpr std::size_t kPackBudget = std::size_t{64} << 20;
+
+// Keys whose places are looked up at a time: the stream kernels fetch ahead among them.
+constexpr int kGatherKeys = 4 * kStreamKeys;
 
 // Element types of the two products, from what q, k and v are and what the processor multiplies natively. bf16 and int8
 // operands are never rounded on the way; whatever bf16 cannot hold exactly runs as float32.
@@ -95,8 +98,9 @@ struct Scratch {
   std::uint64_t* bits;  // [kStepTiles][kTileRows], or [kStreamRows][kStepTiles]
   std::byte* keys;      // kStepTiles packed tiles
   std::byte* values;
-  float *key_scale, *value_scale;  // [kStepTiles][64]
-  const std::byte** key_rows;      // [kStreamKeys]
+  float *key_scale, *value_scale;  // [kGatherKeys]
+  float* tile_scale;               // [kStepTiles][64]: of tiles packed on the way
+  const std::byte** key_rows;      // [kGatherKeys + 4]
   const std::byte** value_rows;
 };
 
@@ -129,6 +133,7 @@ class Attention {
     return {group.keys + t * key_bytes_, group.values + t * value_bytes_,
             group.key_scale == nullptr ? nullptr : group.key_scale + t * kTileKeys};
   }
+  void gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s) const;
   bool pack_tile(const Unit& unit, std::int64_t tile, const PackedTile& out, Scratch& s) const;
   void run_item(const WorkItem& item, const PackGroup* group, const Partials* partials, Scratch& s) const;
   void prepare_rows(const Unit& unit, std::int64_t row, std::int64_t rows, bool stream, Scratch& s) const;
@@ -186,10 +191,11 @@ Scratch& Attention::scratch(Workspace& workspace, Scratch& s) const {
     s.bits = c.take<std::uint64_t>(kStepTiles * kTileRows);
     s.keys = c.take<std::byte>(kStepTiles * key_bytes_);
     s.values = c.take<std::byte>(kStepTiles * value_bytes_);
-    s.key_scale = c.take<float>(kStreamKeys);
-    s.value_scale = c.take<float>(kStreamKeys);
-    s.key_rows = c.take<const std::byte*>(kStreamKeys);
-    s.value_rows = c.take<const std::byte*>(kStreamKeys);
+    s.key_scale = c.take<float>(kGatherKeys);
+    s.value_scale = c.take<float>(kGatherKeys);
+    s.tile_scale = c.take<float>(kStepTiles * kTileKeys);
+    s.key_rows = c.take<const std::byte*>(kGatherKeys + 4);
+    s.value_rows = c.take<const std::byte*>(kGatherKeys + 4);
     return c.used();
   };
   carve(Carver(workspace.reserve(carve(Carver(nullptr)))));
@@ -383,19 +389,43 @@ std::uint64_t Attention::bits_of(const Unit& unit, const Visibility& seen, std::
   return first >= last ? 0 : (~std::uint64_t{0} >> (64 - (last - first))) << first;
 }
 
+// Where keys [begin, end) of the unit lie, into the scratch's arrays from `at` on; their scales too if they have their
+// own.
+void Attention::gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s) const {
+  const bool key_scales = p_.k.partition > 0, value_scales = p_.v.partition > 0;
+  while (begin < end) {
+    // A run of keys whose rows are evenly spaced.
+    const Place place = this->place(unit, begin);
+    std::int64_t run = end - begin;
+    if (unit.listed) {
+      run = 1;
+    } else if (p_.page_size > 0) {
+      run = std::min(run, p_.page_size - place.slot);
+    }
+    const std::byte* key = p_.k.row(place.page, unit.kv_head, place.slot);
+    const std::byte* value = p_.v.row(place.page, unit.kv_head, place.slot);
+    for (std::int64_t i = 0; i < run; ++i) {
+      s.key_rows[at + i] = key + i * p_.k.slot_stride;
+      s.value_rows[at + i] = value + i * p_.v.slot_stride;
+    }
+    for (std::int64_t i = 0; key_scales && i < run; ++i) {
+      s.key_scale[at + i] = p_.k.scale_of(place.page, unit.kv_head, place.slot + i);
+    }
+    for (std::int64_t i = 0; value_scales && i < run; ++i) {
+      s.value_scale[at + i] = p_.v.scale_of(place.page, unit.kv_head, place.slot + i);
+    }
+    begin += run;
+    at += run;
+  }
+}
+
 // Returns whether the values are finite.
 bool Attention::pack_tile(const Unit& unit, std::int64_t tile, const PackedTile& out, Scratch& s) const {
   const std::int64_t begin = tile * kTileKeys, count = std::min<std::int64_t>(kTileKeys, unit.keys - begin);
-  const bool value_scales = p_.v.partition > 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const Place at = place(unit, begin + i);
-    s.key_rows[i] = p_.k.row(at.page, unit.kv_head, at.slot);
-    s.value_rows[i] = p_.v.row(at.page, unit.kv_head, at.slot);
-    if (out.key_scale != nullptr) out.key_scale[i] = p_.k.scale_of(at.page, unit.kv_head, at.slot);
-    if (value_scales) s.value_scale[i] = p_.v.scale_of(at.page, unit.kv_head, at.slot);
-  }
+  gather(unit, begin, begin + count, 0, s);
+  if (out.key_scale != nullptr) std::copy_n(s.key_scale, count, out.key_scale);
   tile_.pack_keys({s.key_rows, count, p_.k.dim, p_.k.dtype, nullptr}, formats_.qk, out.keys);
-  return tile_.pack_values({s.value_rows, count, p_.v.dim, p_.v.dtype, value_scales ? s.value_scale : nullptr},
+  return tile_.pack_values({s.value_rows, count, p_.v.dim, p_.v.dtype, p_.v.partition > 0 ? s.value_scale : nullptr},
                            formats_.pv, out.values);
 }
 
@@ -532,7 +562,7 @@ void Attention::run_tiles(const Unit& unit, std::int64_t row, std::int64_t rows,
       } else {
         packed = {s.keys + static_cast<std::size_t>(t) * key_bytes_,
                   s.values + static_cast<std::size_t>(t) * value_bytes_,
-                  p_.k.partition > 0 ? s.key_scale + t * kTileKeys : nullptr};
+                  p_.k.partition > 0 ? s.tile_scale + t * kTileKeys : nullptr};
         step.finite[t] = pack_tile(unit, visit.index, packed, s);
       }
       step.keys[t] = packed.keys;
@@ -574,60 +604,59 @@ void Attention::run_stream(const Unit& unit, std::int64_t k0, std::int64_t k1, S
   tile.l = s.l;
 
   StreamStep step;
-  step.keys = s.key_rows;
-  step.values = s.value_rows;
   step.key_dtype = p_.k.dtype;
   step.value_dtype = p_.v.dtype;
   step.dim = p_.k.dim;
   step.dim_v = p_.v.dim;
-  step.key_scale = p_.k.partition > 0 ? s.key_scale : nullptr;
-  step.value_scale = p_.v.partition > 0 ? s.value_scale : nullptr;
-  const auto add_key = [&](std::int64_t key) {
-    const Place at = place(unit, key);
-    s.key_rows[step.count] = p_.k.row(at.page, unit.kv_head, at.slot);
-    s.value_rows[step.count] = p_.v.row(at.page, unit.kv_head, at.slot);
-    if (step.key_scale != nullptr) s.key_scale[step.count] = p_.k.scale_of(at.page, unit.kv_head, at.slot);
-    if (step.value_scale != nullptr) s.value_scale[step.count] = p_.v.scale_of(at.page, unit.kv_head, at.slot);
-    ++step.count;
-  };
-  const auto flush = [&] {
-    if (step.count == 0) return;
-    for (int j = step.count; j < kStreamKeys; ++j) {
-      s.key_rows[j] = s.key_rows[step.count - 1];
-      s.value_rows[j] = s.value_rows[step.count - 1];
+
+  // Runs the steps of the keys gathered so far.
+  std::int64_t gathered = 0;
+  const auto flush = [&](const std::uint64_t* bits) {
+    for (int i = 0; gathered > 0 && i < 4; ++i) {
+      s.key_rows[gathered + i] = s.key_rows[gathered - 1];
+      s.value_rows[gathered + i] = s.value_rows[gathered - 1];
     }
-    stream_.step(tile, step, s.scores);
-    step.count = 0;
-    step.bits = nullptr;
+    for (std::int64_t first = 0; first < gathered; first += kStreamKeys) {
+      step.keys = s.key_rows + first;
+      step.values = s.value_rows + first;
+      step.readable = static_cast<int>(gathered - first);
+      step.count = std::min(step.readable, kStreamKeys);
+      step.key_scale = p_.k.partition > 0 ? s.key_scale + first : nullptr;
+      step.value_scale = p_.v.partition > 0 ? s.value_scale + first : nullptr;
+      step.bits = bits;
+      stream_.step(tile, step, s.scores);
+    }
+    gathered = 0;
   };
 
   if (unit.queries == 1) {  // all rows see the same keys: only those are read
     for (const Tile& visit : tiles) {
+      if (gathered + kTileKeys > kGatherKeys) flush(nullptr);
       const std::int64_t begin = visit.index * kTileKeys;
       std::uint64_t bits = visit.masked ? bits_of(unit, seen, unit.query, begin) : ~std::uint64_t{0};
-      for (; bits != 0; bits &= bits - 1) {
-        add_key(begin + std::countr_zero(bits));
-        if (step.count == kStreamKeys) flush();
+      while (bits != 0) {  // runs of ones
+        const int first = std::countr_zero(bits), run = std::countr_one(bits >> first);
+        gather(unit, begin + first, begin + first + run, gathered, s);
+        gathered += run;
+        bits = first + run == 64 ? 0 : bits >> (first + run) << (first + run);
       }
     }
-    flush();
-    return;
+    return flush(nullptr);
   }
   for (std::size_t first = 0; first < tiles.size(); first += kStepTiles) {
     const std::size_t count = std::min<std::size_t>(kStepTiles, tiles.size() - first);
+    const auto visits = std::span(tiles).subspan(first, count);
+    const bool masked = std::any_of(visits.begin(), visits.end(), [](const Tile& t) { return t.masked; });
     for (std::size_t t = 0; t < count; ++t) {
-      const Tile& visit = tiles[first + t];
-      if (visit.masked && step.bits == nullptr) {
-        std::fill_n(s.bits, rows * kStepTiles, ~std::uint64_t{0});
-        step.bits = s.bits;
-      }
-      const std::int64_t begin = visit.index * kTileKeys, end = std::min(begin + kTileKeys, unit.keys);
-      for (std::int64_t key = begin; key < end; ++key) add_key(key);
-      for (std::int64_t r = 0; visit.masked && r < rows; ++r) {
-        s.bits[r * kStepTiles + static_cast<std::int64_t>(t)] = bits_of(unit, seen, unit.query_of(r), begin);
+      const std::int64_t begin = visits[t].index * kTileKeys, end = std::min(begin + kTileKeys, unit.keys);
+      gather(unit, begin, end, gathered, s);
+      gathered += end - begin;  // only the last tile of all is short
+      for (std::int64_t r = 0; masked && r < rows; ++r) {
+        s.bits[r * kStepTiles + static_cast<std::int64_t>(t)] =
+            visits[t].masked ? bits_of(unit, seen, unit.query_of(r), begin) : ~std::uint64_t{0};
       }
     }
-    flush();
+    flush(masked ? s.bits : nullptr);
   }
 }
 

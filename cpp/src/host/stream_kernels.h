@@ -29,13 +29,14 @@ struct StreamTile {
 };
 
 struct StreamStep {
-  const std::byte* const* keys = nullptr;  // kStreamKeys pointers; the last one is repeated past `count`
+  const std::byte* const* keys = nullptr;  // rounded up to 4 pointers: the last one is repeated past `count`
   const std::byte* const* values = nullptr;
-  int count = 0;
+  int count = 0;     // keys of this step, at most kStreamKeys
+  int readable = 0;  // pointers from `keys` and `values` on that may be fetched ahead, count included
   DType key_dtype = DType::kFloat32, value_dtype = DType::kFloat32;
   std::int64_t dim = 0, dim_v = 0;
-  const float* key_scale = nullptr;    // [kStreamKeys] or null
-  const float* value_scale = nullptr;  // [kStreamKeys] or null
+  const float* key_scale = nullptr;    // [count rounded up to 64] or null
+  const float* value_scale = nullptr;  // [count] or null
   // [rows * kStepTiles] visible keys by 64, row by row, or null: all of `count`
   const std::uint64_t* bits = nullptr;
 };

@@ -57,17 +57,24 @@ HEDDLE_INLINE F load_some(const std::byte* p, std::int64_t n) {
   return load_elements<dtype>(buffer);
 }
 
+// Into the second-level cache, which can wait for more lines at once than the first.
 HEDDLE_INLINE void prefetch_row(const std::byte* row, std::int64_t bytes) {
-  for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+  for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
 }
 
-inline constexpr int kAhead = 12;  // keys between the one in work and the one being fetched
+// Keys between the one in work and the one being fetched.
+HEDDLE_INLINE int keys_ahead(std::int64_t row_bytes) {
+  constexpr std::int64_t kBytesAhead = 8192;
+  const std::int64_t keys = kBytesAhead / (row_bytes < 64 ? 64 : row_bytes);
+  return keys < 4 ? 4 : static_cast<int>(keys);
+}
 
-// sums[4 r + k] of acc[r][k]
-template <int R>
-HEDDLE_INLINE void store_sums(const F (&acc)[R][4], float* scores, int key) {
+// scores[r][key + k] = the sum of acc[r][k] over its lanes (whole numbers if Acc is I).
+template <class Acc, int R>
+HEDDLE_INLINE void store_sums(const Acc (&acc)[R][4], float* scores, int key) {
 #if HEDDLE_ISA_LEVEL >= 2
   // Transposed addition: within 128-bit lanes, then across them.
+  const auto add = [](__m512 a, __m512 b) { return (__m512)((Acc)a + (Acc)b); };
   __m512 quad[4];
   for (int r = 0; r < 4; ++r) {
     if (r >= R) {
@@ -75,17 +82,16 @@ HEDDLE_INLINE void store_sums(const F (&acc)[R][4], float* scores, int key) {
       continue;
     }
     const __m512 a = (__m512)acc[r][0], b = (__m512)acc[r][1], c = (__m512)acc[r][2], d = (__m512)acc[r][3];
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    quad[r] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m512 ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    quad[r] = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
   }
-  const __m512 lo =
-      _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
-  const __m512 hi =
-      _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
-  const __m512 sums = _mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd));
+  const auto halves = [&](__m512 a, __m512 b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  const __m512 sums = halves(halves(quad[0], quad[1]), halves(quad[2], quad[3]));
   alignas(64) float all[16];
-  _mm512_store_ps(all, sums);
+  store(all, __builtin_convertvector((Acc)sums, F));
   for (int r = 0; r < R; ++r) std::memcpy(scores + r * kStreamKeys + key, all + 4 * r, 16);
 #else
   for (int r = 0; r < R; ++r) {
@@ -98,11 +104,10 @@ template <DType dtype, int R>
 void float_scores(const StreamStep& step, const float* queries, std::int64_t query_stride, float* scores) {
   constexpr int kBytes = element_bytes<dtype>();
   const std::int64_t whole = step.dim / kWidth * kWidth;
+  const int ahead = keys_ahead(step.dim * kBytes);
   for (int j = 0; j < step.count; j += 4) {
     const std::byte* const* rows = step.keys + j;
-    const int ahead = j + kAhead < kStreamKeys - 4 ? j + kAhead : kStreamKeys - 4;
-    HEDDLE_UNROLL
-    for (int k = 0; k < 4; ++k) prefetch_row(step.keys[ahead + k], step.dim * kBytes);
+    for (int k = j + ahead; k < j + ahead + 4 && k < step.readable; ++k) prefetch_row(step.keys[k], step.dim * kBytes);
     F acc[R][4] = {};
     for (std::int64_t i = 0; i < whole; i += kWidth) {
       F x[4];
@@ -123,7 +128,7 @@ void float_scores(const StreamStep& step, const float* queries, std::int64_t que
         for (int r = 0; r < R; ++r) acc[r][k] = fma(load(queries + r * query_stride + whole), x, acc[r][k]);
       }
     }
-    store_sums<R>(acc, scores, j);
+    store_sums(acc, scores, j);
   }
 }
 
@@ -133,16 +138,18 @@ template <int R>
 void int8_scores(const StreamStep& step, const std::int8_t* queries, std::int64_t query_stride,
                  const std::int32_t* row_sums, float* scores) {
   const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
+  const int ahead = keys_ahead(step.dim);
+  I start[R];
+  HEDDLE_UNROLL
+  for (int r = 0; r < R; ++r) start[r] = I{-128 * row_sums[r]};  // in one lane
   for (int j = 0; j < step.count; j += 4) {
     const std::byte* const* rows = step.keys + j;
-    const int ahead = j + kAhead < kStreamKeys - 4 ? j + kAhead : kStreamKeys - 4;
-    HEDDLE_UNROLL
-    for (int k = 0; k < 4; ++k) prefetch_row(step.keys[ahead + k], step.dim);
-    __m512i acc[R][4];
+    for (int k = j + ahead; k < j + ahead + 4 && k < step.readable; ++k) prefetch_row(step.keys[k], step.dim);
+    I acc[R][4];
     HEDDLE_UNROLL
     for (int r = 0; r < R; ++r) {
       HEDDLE_UNROLL
-      for (int k = 0; k < 4; ++k) acc[r][k] = _mm512_setzero_si512();
+      for (int k = 0; k < 4; ++k) acc[r][k] = start[r];
     }
     for (std::int64_t i = 0; i < step.dim; i += 64) {
       const std::int64_t left = step.dim - i;
@@ -154,19 +161,10 @@ void int8_scores(const StreamStep& step, const std::int8_t* queries, std::int64_
       for (int r = 0; r < R; ++r) {
         const __m512i q = _mm512_loadu_si512(queries + r * query_stride + i);
         HEDDLE_UNROLL
-        for (int k = 0; k < 4; ++k) acc[r][k] = _mm512_dpbusd_epi32(acc[r][k], x[k], q);
+        for (int k = 0; k < 4; ++k) acc[r][k] = (I)_mm512_dpbusd_epi32((__m512i)acc[r][k], x[k], q);
       }
     }
-    F sums[R][4];
-    HEDDLE_UNROLL
-    for (int r = 0; r < R; ++r) {
-      HEDDLE_UNROLL
-      for (int k = 0; k < 4; ++k) sums[r][k] = to_float((I)acc[r][k]);
-    }
-    store_sums<R>(sums, scores, j);
-    for (int r = 0; r < R; ++r) {
-      for (int k = 0; k < 4; ++k) scores[r * kStreamKeys + j + k] -= 128.0f * static_cast<float>(row_sums[r]);
-    }
+    store_sums(acc, scores, j);
   }
 }
 #endif
@@ -176,6 +174,7 @@ template <DType dtype, int R>
 void add_values(const StreamStep& step, const float* p, const float* alpha, float* o, std::int64_t columns) {
   constexpr int kBytes = element_bytes<dtype>();
   constexpr int kVectors = 64 / kWidth < 4 ? 64 / kWidth : 4;
+  const int ahead = keys_ahead(step.dim_v * kBytes);
   for (std::int64_t c = 0; c < step.dim_v; c += kVectors * kWidth) {
     const std::int64_t left = step.dim_v - c;
     F acc[R][kVectors];
@@ -189,8 +188,7 @@ void add_values(const StreamStep& step, const float* p, const float* alpha, floa
     if (left >= kVectors * kWidth) {
       for (int j = 0; j < step.count; ++j) {
         const std::byte* row = step.values[j] + c * kBytes;
-        if (c == 0)
-          prefetch_row(step.values[j + kAhead < kStreamKeys ? j + kAhead : kStreamKeys - 1], step.dim_v * kBytes);
+        if (c == 0 && j + ahead < step.readable) prefetch_row(step.values[j + ahead], step.dim_v * kBytes);
         F x[kVectors];
         HEDDLE_UNROLL
         for (int n = 0; n < kVectors; ++n) x[n] = load_elements<dtype>(row + n * kWidth * kBytes);
