@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("torch")
-pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("transformers", minversion="5.20")
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 rich_console = pytest.importorskip("rich.console")

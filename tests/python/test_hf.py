@@ -7,7 +7,7 @@ import threading
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5.0")
+transformers = pytest.importorskip("transformers", minversion="5.20")
 
 import heddle  # noqa: E402
 import heddle.hf  # noqa: E402
@@ -488,5 +488,5 @@ def test_a_missing_package_names_the_extra(package):
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert process.returncode == 1
     last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith("ModuleNotFoundError: heddle.hf needs torch and transformers 5")
+    assert last.startswith("ModuleNotFoundError: heddle.hf needs torch and transformers 5.20")
     assert "pip install 'heddle-attention[demo]'" in last

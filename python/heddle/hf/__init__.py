@@ -14,7 +14,7 @@
 register() makes heddle an attention implementation of transformers. options() changes what it does within a block:
 which keys are read, in which format. HeddleCache keeps the keys and values in paged heddle.KVCache pools, one a layer.
 
-Needs torch and transformers 5: pip install 'heddle-attention[demo]'.
+Needs torch and transformers 5.20: pip install 'heddle-attention[demo]'.
 """
 
 try:
@@ -22,7 +22,7 @@ try:
     from transformers import AttentionMaskInterface  # noqa: F401
 except ImportError as error:
     raise ModuleNotFoundError(
-        f"heddle.hf needs torch and transformers 5 ({error}): pip install 'heddle-attention[demo]'", name=error.name
+        f"heddle.hf needs torch and transformers 5.20 ({error}): pip install 'heddle-attention[demo]'", name=error.name
     ) from error
 
 from heddle.hf._attention import HeddleAttention, HeddleConfig, options, register
