@@ -490,3 +490,10 @@ def test_a_missing_package_names_the_extra(package):
     last = process.stderr.strip().splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: heddle.hf needs torch and transformers 5.20")
     assert "pip install 'heddle-attention[demo]'" in last
+
+
+def test_an_older_transformers_is_refused():
+    code = "import transformers; transformers.__version__ = '5.9.1'; import heddle.hf"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1
+    assert "ImportError: heddle.hf needs transformers 5.20, 5.9.1 is installed" in process.stderr

@@ -19,11 +19,16 @@ Needs torch and transformers 5.20: pip install 'heddle-attention[demo]'.
 
 try:
     import torch  # noqa: F401
-    from transformers import AttentionMaskInterface  # noqa: F401
-except ImportError as error:
+    import transformers
+    from packaging.version import Version
+except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"heddle.hf needs torch and transformers 5.20 ({error}): pip install 'heddle-attention[demo]'", name=error.name
     ) from error
+if Version(installed := transformers.__version__).release < (5, 20):
+    raise ImportError(
+        f"heddle.hf needs transformers 5.20, {installed} is installed: pip install 'heddle-attention[demo]'"
+    )
 
 from heddle.hf._attention import HeddleAttention, HeddleConfig, options, register
 from heddle.hf._cache import HeddleCache
