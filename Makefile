@@ -88,8 +88,9 @@ format: $(STAMP)  ## formats C++, CUDA and Python in place
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-bench: build  ## host benchmarks; FILTER=regex picks some
-	$(BUILD)/bench/heddle_bench --benchmark_filter='$(or $(FILTER),.)' --benchmark_out=$(BUILD)/bench.json
+bench: build  ## host benchmarks, recorded in bench/results; FILTER=regex runs some and records nothing
+	$(BIN)/python bench/record.py $(BUILD)/bench/heddle_bench $(if $(FILTER),--benchmark_filter='$(FILTER)')
+	$(BIN)/python bench/host.py $(if $(FILTER),--filter '$(FILTER)') $(ARGS)
 
 demo: configure  ## a language model through heddle: dense, sparse and quantized side by side
 	cmake --build $(BUILD) -j $(JOBS) --target _core

@@ -26,7 +26,7 @@ struct Case {
   // Attention: q, k and v; int8 and fp8 with one scale (partition 0) or one for every `partition` tokens.
   DType q = DType::kFloat32, k = DType::kFloat32, v = DType::kFloat32;
   std::int64_t q_partition = 0, k_partition = 0, v_partition = 0;
-  bool smooth_k = false;
+  bool smooth_k = false, smooth_v = false;  // quantized k, v with a mean
   // Decode: q as above over a cache.
   CacheFormat format = CacheFormat::kFp32;
   std::int64_t page_size = 16, cache_partition = 1;

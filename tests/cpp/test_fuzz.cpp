@@ -4,11 +4,14 @@
 // HEDDLE_FUZZ_CASES (4000), HEDDLE_FUZZ_SEED (1), HEDDLE_CASE="op=...,..." (just that one) and HEDDLE_ISA (just that
 // one) in the environment.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <set>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cases.h"
@@ -194,6 +197,83 @@ TEST(Fuzz, NamedCasesShrunk) {
     if (lines.insert(to_string(c)).second) cases.push_back(c);
   }
   expect_all(cases);
+}
+
+// Element b of the first axis; all of a view without that axis (a scale of the whole tensor) or without memory.
+TensorView slice(TensorView view, std::int64_t b, int rank) {
+  if (view.rank != rank) return view;
+  view.data = view.as<std::byte>() + b * view.strides[0] * static_cast<std::int64_t>(size_of(view.dtype));
+  view.shape[0] = 1;
+  return view;
+}
+
+// The bits of a request are those it has alone.
+TEST(Fuzz, RequestsDoNotDependOnTheirBatch) {
+  int checked_requests = 0;
+  for (std::uint64_t seed = 0; seed < 600; ++seed) {
+    const Case c = random_case(seed);
+    const bool own_mask =
+        c.pattern != Pattern::kNone && c.pattern != Pattern::kWindow && c.pattern != Pattern::kStrided;
+    if (c.batch < 2 || c.packed || own_mask) continue;
+    const Sample sample(c);
+    const DType out_dtype = c.q == DType::kInt8 ? DType::kFloat32 : c.q;
+    Output together(sample, out_dtype, DType::kFloat32), alone = together;
+    alone.out.view.data = alone.out.memory.data() + (together.out.view.as<std::byte>() - together.out.memory.data());
+    if (c.lse)
+      alone.lse.view.data = alone.lse.memory.data() + (together.lse.view.as<std::byte>() - together.lse.memory.data());
+    together.run(sample, Backend::kHost, c.schedule);
+    for (std::int64_t b = 0; b < c.batch; ++b, ++checked_requests) {
+      const TensorView out = slice(alone.out.view, b, 4), lse = slice(alone.lse.view, b, 3);
+      if (c.op == Op::kDecode) {
+        DecodeParams p = sample.decode();
+        p.q = slice(p.q, b, 4);
+        p.block_table = slice(p.block_table, b, 2);
+        p.seq_lens = slice(p.seq_lens, b, 1);
+        p.out = out;
+        p.lse = lse;
+        p.backend = Backend::kHost;
+        decode(p);
+      } else {
+        AttentionParams p = sample.attention();
+        for (TensorView* x : {&p.q, &p.k, &p.v}) *x = slice(*x, b, 4);
+        for (QuantScales* x : {&p.q_scales, &p.k_scales, &p.v_scales}) {
+          x->scale = slice(x->scale, b, 3);
+          x->mean = slice(x->mean, b, 3);
+        }
+        p.out = out;
+        p.lse = lse;
+        p.backend = Backend::kHost;
+        attention(p);
+      }
+    }
+    EXPECT_TRUE(alone.out.memory == together.out.memory && alone.lse.memory == together.lse.memory) << to_string(c);
+  }
+  EXPECT_GT(checked_requests, 200);
+}
+
+TEST(Fuzz, CallsFromSeveralThreads) {
+  std::vector<std::unique_ptr<Sample>> samples;
+  std::vector<Output> expected;
+  for (std::uint64_t seed = 0; seed < 12; ++seed) {
+    const Sample& sample = *samples.emplace_back(std::make_unique<Sample>(random_case(seed)));
+    const DType dtype = sample.spec().q == DType::kInt8 ? DType::kFloat32 : sample.spec().q;
+    expected.emplace_back(sample, dtype, DType::kFloat32).run(sample, Backend::kHost, sample.spec().schedule);
+  }
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      for (std::size_t n = 0; n < 3 * samples.size(); ++n) {
+        const std::size_t at = (n + static_cast<std::size_t>(t) * 3) % samples.size();
+        const Sample& sample = *samples[at];
+        Output output(sample, expected[at].out.view.dtype, DType::kFloat32);
+        output.run(sample, Backend::kHost, sample.spec().schedule);
+        if (output.out.memory != expected[at].out.memory || output.lse.memory != expected[at].lse.memory) ++wrong;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
 }
 
 TEST(Fuzz, CasesReplayFromTheirLine) {

@@ -115,6 +115,7 @@ void visit_fields(AnyCase& c, Visit&& visit) {
   visit("k_partition", c.k_partition);
   visit("v_partition", c.v_partition);
   visit("smooth_k", c.smooth_k);
+  visit("smooth_v", c.smooth_v);
   visit("format", c.format);
   visit("page_size", c.page_size);
   visit("cache_partition", c.cache_partition);
@@ -177,6 +178,7 @@ void random_types(Case& c, Random& r) {
   if (r.chance(c.k == floating ? 0.1 : 0.7)) {
     c.v = c.k == floating ? r.pick({DType::kInt8, DType::kFloat8E4M3}) : c.k;
     c.v_partition = partition();
+    c.smooth_v = r.chance(0.15);
   }
 }
 

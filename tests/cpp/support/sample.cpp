@@ -160,12 +160,15 @@ void Sample::make_contiguous(Random& r) {
   q_scale_ = make_scale(r, q_.view, c_.q_partition);
   k_scale_ = make_scale(r, k_.view, c_.k_partition);
   v_scale_ = make_scale(r, v_.view, c_.v_partition);
-  if (c_.smooth_k) {
-    std::vector<std::int64_t> shape = {c_.kv_heads, c_.dim};
+  const auto make_mean = [&](std::int64_t dim) {
+    std::vector<std::int64_t> shape = {c_.kv_heads, dim};
     if (!c_.packed) shape.insert(shape.begin(), c_.batch);
-    k_mean_ = Tensor(DType::kFloat32, shape, kPoison);
-    for (std::int64_t i = 0; i < k_mean_.view.numel(); ++i) k_mean_.view.as<float>()[i] = 2.0f * r.normal();
-  }
+    Tensor mean(DType::kFloat32, shape, kPoison);
+    for (std::int64_t i = 0; i < mean.view.numel(); ++i) mean.view.as<float>()[i] = 2.0f * r.normal();
+    return mean;
+  };
+  if (c_.smooth_k) k_mean_ = make_mean(c_.dim);
+  if (c_.smooth_v) v_mean_ = make_mean(c_.dim_v);
   for (std::int64_t b = 0; b < c_.batch; ++b) {
     for (std::int64_t i = 0; i < requests_[b].q_len; ++i) {
       for (std::int64_t h = 0; h < c_.q_heads; ++h) fill_row(r, query_row(b, i, h), c_.q, c_.dim, c_.spread);
@@ -456,7 +459,7 @@ Sample::RowRef Sample::key_row(std::int64_t b, std::int64_t j, std::int64_t h) c
 }
 
 Sample::RowRef Sample::value_row(std::int64_t b, std::int64_t j, std::int64_t h) const {
-  if (cache_ == nullptr) return row_of(v_, v_scale_, {}, c_.v_partition, b, requests_[b].k_first, j, h);
+  if (cache_ == nullptr) return row_of(v_, v_scale_, v_mean_, c_.v_partition, b, requests_[b].k_first, j, h);
   const TensorView v = cache_->v();
   const auto page = static_cast<std::int64_t>(block_table_.get({b, j / c_.page_size})), slot = j % c_.page_size;
   return {.data = v.as<std::byte>() + (page * v.strides[0] + h * v.strides[1] + slot * v.strides[2]) *
@@ -541,7 +544,7 @@ AttentionParams Sample::attention() const {
   AttentionParams p{.q = q_.view, .k = k_.view, .v = v_.view};
   p.q_scales = {q_scale_.view, c_.q_partition, {}};
   p.k_scales = {k_scale_.view, c_.k_partition, k_mean_.view};
-  p.v_scales = {v_scale_.view, c_.v_partition, {}};
+  p.v_scales = {v_scale_.view, c_.v_partition, v_mean_.view};
   p.cu_seqlens_q = cu_q_.view;
   p.cu_seqlens_k = cu_k_.view;
   set_options(c_, sinks_, mask_, indices_, lengths_, p);

@@ -87,7 +87,7 @@ class Sample {
   Random layout_;
   Random* gaps_;  // layout_ or null
   std::vector<Lengths> requests_;
-  Tensor q_, k_, v_, q_scale_, k_scale_, v_scale_, k_mean_, sinks_, cu_q_, cu_k_, block_table_, seq_lens_;
+  Tensor q_, k_, v_, q_scale_, k_scale_, v_scale_, k_mean_, v_mean_, sinks_, cu_q_, cu_k_, block_table_, seq_lens_;
   Tensor mask_, indices_, lengths_;
   std::vector<std::vector<bool>> listed_;  // token lists: [list][key]
   std::unique_ptr<KVCache> cache_;

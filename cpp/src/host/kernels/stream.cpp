@@ -64,7 +64,7 @@ HEDDLE_INLINE void prefetch_row(const std::byte* row, std::int64_t bytes) {
 
 // Keys between the one in work and the one being fetched.
 HEDDLE_INLINE int keys_ahead(std::int64_t row_bytes) {
-  constexpr std::int64_t kBytesAhead = 8192;
+  constexpr std::int64_t kBytesAhead = 4096;
   const std::int64_t keys = kBytesAhead / (row_bytes < 64 ? 64 : row_bytes);
   return keys < 4 ? 4 : static_cast<int>(keys);
 }
@@ -169,9 +169,13 @@ void int8_scores(const StreamStep& step, const std::int8_t* queries, std::int64_
 }
 #endif
 
-// o[r][c] = alpha[r] o[r][c] + sum_j p[r][j] v[j][c]
+// Values are summed by 64 keys, so that the second 64 columns of a row are still near when their turn comes.
+inline constexpr int kValueKeys = 64;
+
+// o[r][c] = alpha[r] o[r][c] + sum_j p[r][j] v[j][c] over the keys [first, last)
 template <DType dtype, int R>
-void add_values(const StreamStep& step, const float* p, const float* alpha, float* o, std::int64_t columns) {
+HEDDLE_INLINE void add_values_of(const StreamStep& step, int first, int last, const float* p, const float* alpha,
+                                 float* o, std::int64_t columns) {
   constexpr int kBytes = element_bytes<dtype>();
   constexpr int kVectors = 64 / kWidth < 4 ? 64 / kWidth : 4;
   const int ahead = keys_ahead(step.dim_v * kBytes);
@@ -186,7 +190,7 @@ void add_values(const StreamStep& step, const float* p, const float* alpha, floa
       }
     }
     if (left >= kVectors * kWidth) {
-      for (int j = 0; j < step.count; ++j) {
+      for (int j = first; j < last; ++j) {
         const std::byte* row = step.values[j] + c * kBytes;
         if (c == 0 && j + ahead < step.readable) prefetch_row(step.values[j + ahead], step.dim_v * kBytes);
         F x[kVectors];
@@ -200,7 +204,7 @@ void add_values(const StreamStep& step, const float* p, const float* alpha, floa
         }
       }
     } else {
-      for (int j = 0; j < step.count; ++j) {
+      for (int j = first; j < last; ++j) {
         const std::byte* row = step.values[j] + c * kBytes;
         for (int n = 0; n * kWidth < left; ++n) {
           const F x = load_some<dtype>(row + n * kWidth * kBytes, left - n * kWidth);
@@ -215,6 +219,15 @@ void add_values(const StreamStep& step, const float* p, const float* alpha, floa
         if (n * kWidth < left) store(o + r * columns + c + n * kWidth, acc[r][n]);
       }
     }
+  }
+}
+
+template <DType dtype, int R>
+void add_values(const StreamStep& step, const float* p, const float* alpha, float* o, std::int64_t columns) {
+  static constexpr float kOnes[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  for (int first = 0; first < step.count; first += kValueKeys) {
+    const int last = first + kValueKeys < step.count ? first + kValueKeys : step.count;
+    add_values_of<dtype, R>(step, first, last, p, first == 0 ? alpha : kOnes, o, columns);
   }
 }
 
