@@ -1,0 +1,139 @@
+"""Records of measurements: what was run, on what, built how, from which source; one JSON file a run.
+
+    python bench/record.py build/bench/heddle_bench [its arguments]
+
+runs a google-benchmark program and records what it reports. A run of everything goes to bench/results; one with a
+filter is written only where --into says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import heddle
+from heddle import _core
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+SCHEMA = 1
+
+
+def describe(command: Sequence[str]) -> dict[str, Any]:
+    """What every record says besides its figures."""
+    settings = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "HEDDLE_ISA") if name in os.environ]
+    return {
+        "schema": SCHEMA,
+        "command": " ".join([*settings, shlex.join(command)]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": _device(),
+        "build": {"compiler": _core.compiler, "flags": _flags()},
+        "versions": {"heddle": heddle.__version__, "python": platform.python_version(), "numpy": np.__version__},
+        "revision": _revision(),
+    }
+
+
+def write(record: dict[str, Any], program: str, into: Path) -> Path:
+    """Writes into/<program>-<instruction set>-<day>-<revision>.json and returns its path."""
+    revision = record["revision"]
+    source = "unknown" if revision is None else revision["commit"][:12] + "-dirty" * revision["dirty"]
+    path = into / f"{program}-{record['device']['isa']}-{record['date'][:10]}-{source}.json"
+    into.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache; 32 MiB where the system does not tell."""
+    sizes = [32 << 20]
+    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = size.read_text().strip()
+        sizes.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    return max(sizes)
+
+
+def _device() -> dict[str, Any]:
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((s.partition(":")[2].strip() for s in lines if s.startswith("model name")), processor)
+    return {
+        "processor": processor,
+        "isa": heddle.host_isa(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": heddle.num_threads(),
+        "last_level_cache_mib": last_level_cache() / 2**20,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        # How quiet the machine was when the run began: its 1, 5 and 15 minutes before.
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def _flags() -> str | None:
+    """How the kernels that run here were compiled; None unless heddle is imported from a build tree."""
+    for folder in Path(_core.__file__).resolve().parents:
+        with contextlib.suppress(OSError):
+            for entry in json.loads((folder / "compile_commands.json").read_text()):
+                words = shlex.split(entry["command"])
+                if entry["file"].endswith("host/kernels/tile.cpp") and f"-DHEDDLE_ISA={heddle.host_isa()}" in words:
+                    return " ".join(w for w in words if w.startswith(("-O", "-m", "-std", "-f")) and "=/" not in w)
+    return None
+
+
+def _revision() -> dict[str, Any] | None:
+    """The commit, and whether the tree had changes of its own (records aside); None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--", ".", ":!bench/results")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--into", type=Path, help="folder of the record")
+    parser.add_argument("program", type=Path)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    args = parser.parse_args(argv)
+
+    partial = any(argument.startswith("--benchmark_filter") for argument in args.arguments)
+    into = args.into or (None if partial else RESULTS)
+    program = os.path.relpath(args.program.resolve(), ROOT)
+    record = describe([program, *args.arguments])
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.json")
+        outputs = [f"--benchmark_out={out}", "--benchmark_out_format=json"]
+        code = subprocess.run([args.program.resolve(), *args.arguments, *outputs], check=False).returncode
+        # It leaves an empty file when the filter matches nothing.
+        text = out.read_text() if out.exists() else ""
+    if code or not text or into is None:
+        return code
+    report = json.loads(text)
+    # Of the context: the name of the machine is nobody's business, and the program is in the command.
+    record["context"] = {k: v for k, v in report["context"].items() if k not in ("host_name", "executable")}
+    record["benchmarks"] = report["benchmarks"]
+    print(f"recorded in {os.path.relpath(write(record, args.program.name, into))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
