@@ -220,11 +220,13 @@ void check_block_mask(const select::BlockMask& selection, const Problem& problem
 }
 
 // One list: ascending in [0, kv_len), -1 only at its end.
+// `place` says where it is, for the message.
+template <class Place>
 void check_token_list(const std::int32_t* list, std::int64_t capacity, const std::int32_t* length, std::int64_t kv_len,
-                      const std::string& place) {
+                      const Place& place) {
   if (length != nullptr && (*length < 0 || *length > capacity)) {
     check::fail(ErrorCode::kValue, "lengths",
-                check::text(*length, " for ", place, "; allowed are 0 to ", capacity, ", the last axis of indices"));
+                check::text(*length, " for ", place(), "; allowed are 0 to ", capacity, ", the last axis of indices"));
   }
   std::int64_t n = length != nullptr ? *length : capacity;
   if (length == nullptr) {
@@ -234,12 +236,12 @@ void check_token_list(const std::int32_t* list, std::int64_t capacity, const std
   for (std::int64_t i = 0; i < n; ++i) {
     if (list[i] < 0 || list[i] >= kv_len) {
       check::fail(ErrorCode::kValue, "indices",
-                  check::text("token ", list[i], " at ", i, " of ", place, "; allowed are 0 to ", kv_len - 1,
+                  check::text("token ", list[i], " at ", i, " of ", place(), "; allowed are 0 to ", kv_len - 1,
                               list[i] == -1 ? " (-1 pads only at the end)" : ""));
     }
     if (list[i] <= previous) {
       check::fail(ErrorCode::kValue, "indices",
-                  check::text("token ", list[i], " at ", i, " of ", place, " follows ", previous,
+                  check::text("token ", list[i], " at ", i, " of ", place(), " follows ", previous,
                               "; allowed are ascending lists without repeats"));
     }
     previous = list[i];
@@ -287,9 +289,11 @@ void check_tokens(const select::Tokens& selection, const Problem& problem, std::
           return (per_query ? request.q_first + i : b) * t.strides[0] + h * t.strides[1];
         };
         const std::int32_t* length = lengths.given() ? lengths.as<const std::int32_t>() + offset(lengths) : nullptr;
-        check_token_list(indices.as<const std::int32_t>() + offset(indices), capacity, length, request.kv_len,
-                         per_query ? check::text("request ", b, ", query ", i, ", KV head ", h)
-                                   : check::text("request ", b, ", KV head ", h));
+        const auto place = [&] {
+          return per_query ? check::text("request ", b, ", query ", i, ", KV head ", h)
+                           : check::text("request ", b, ", KV head ", h);
+        };
+        check_token_list(indices.as<std::int32_t>() + offset(indices), capacity, length, request.kv_len, place);
       }
     }
   }

@@ -319,14 +319,20 @@ void Attention::run_chunk(std::vector<PackGroup>& groups, const std::vector<std:
   const ScheduleKind kind = p_.schedule.kind;
   if (kind == ScheduleKind::kTile) std::reverse(items.begin(), items.end());
   const auto num_items = static_cast<std::int64_t>(items.size()), num_pack = static_cast<std::int64_t>(pack.size());
-  const auto workers = [&](std::int64_t n) {
-    return static_cast<int>(std::clamp<std::int64_t>(n, 1, std::max(1, num_threads())));
-  };
+  // Little work is done sooner by one thread than by waking another.
+  constexpr double kWorkPerThread = 1 << 20;  // multiply-adds
+  double work = 0.0;
+  for (const std::int32_t u : units) {
+    const Unit& unit = plan_.units[static_cast<std::size_t>(u)];
+    work +=
+        static_cast<double>(unit.rows()) * static_cast<double>(unit.keys) * static_cast<double>(p_.k.dim + p_.v.dim);
+  }
+  const int threads = static_cast<int>(std::clamp(work / kWorkPerThread, 1.0, static_cast<double>(num_threads())));
 
   // Each phase: workers take items one by one, or (static) every n-th.
   const auto phase = [&](std::int64_t count, bool in_advance, auto&& body) {
     if (count == 0) return;
-    const int n = workers(count);
+    const int n = static_cast<int>(std::min<std::int64_t>(count, threads));
     std::atomic<std::int64_t> next{0};
     parallel(n, [&](int id) {
       static thread_local Workspace workspace;
