@@ -355,7 +355,7 @@ def measure_memory(dtype: str, tokens: int) -> dict[str, Any]:
 
     def peak(library: str) -> dict[str, Any]:
         script = Path(__file__).with_name("peak_memory.py")
-        command = [sys.executable, script, library, dtype, "--tokens", str(tokens)]
+        command = [sys.executable, script, library, dtype, "--tokens", str(tokens), "--heads", "2"]
         return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     ours, torch_peak = peak("heddle"), peak("torch")
@@ -373,7 +373,7 @@ def measure_memory(dtype: str, tokens: int) -> dict[str, Any]:
 
 
 def _memory_name(dtype: str, tokens: int) -> str:
-    return f"memory/{dtype}/causal/d128/s{tokens}"
+    return f"memory/{dtype}/causal/h2/d128/s{tokens}"
 
 
 def run(options: Options, wanted: Callable[[str], bool], console: Console) -> dict[str, Any]:
@@ -480,6 +480,8 @@ def show(record: dict[str, Any], console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if record["build"]["current"] is False:
+        console.print("[bold red]heddle was built before its sources were last changed: run make build first[/]")
     for table in tables(record["results"]):
         console.print()
         console.print(table)

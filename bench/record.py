@@ -40,7 +40,7 @@ def describe(command: Sequence[str]) -> dict[str, Any]:
         "command": " ".join([*settings, shlex.join(command)]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": _device(),
-        "build": {"compiler": _core.compiler, "flags": _flags()},
+        "build": {"compiler": _core.compiler, "flags": _flags(), "current": _is_current()},
         "versions": {"heddle": heddle.__version__, "python": platform.python_version(), "numpy": np.__version__},
         "revision": _revision(),
     }
@@ -92,6 +92,13 @@ def _flags() -> str | None:
                 if entry["file"].endswith("host/kernels/tile.cpp") and f"-DHEDDLE_ISA={heddle.host_isa()}" in words:
                     return " ".join(w for w in words if w.startswith(("-O", "-m", "-std", "-f")) and "=/" not in w)
     return None
+
+
+def _is_current() -> bool | None:
+    """Whether what runs was built after its sources were last changed; None outside a checkout."""
+    folders = [folder for folder in (ROOT / "cpp", ROOT / "python" / "bindings") if folder.is_dir()]
+    newest = max((file.stat().st_mtime for folder in folders for file in folder.rglob("*.*")), default=None)
+    return None if newest is None else newest <= Path(_core.__file__).stat().st_mtime
 
 
 def _revision() -> dict[str, Any] | None:

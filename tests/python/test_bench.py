@@ -47,6 +47,7 @@ def check_description(record, command):
     assert len(device["load_average"]) == 3
     assert any(char.isdigit() for char in record["build"]["compiler"])
     assert record["build"]["flags"] is None or "-O" in record["build"]["flags"]
+    assert record["build"]["current"] in (True, False, None)
     assert record["versions"]["heddle"] == heddle.__version__
     assert {"python", "numpy"} < set(record["versions"])
     if record["revision"] is not None:
@@ -83,7 +84,7 @@ def test_record_of_the_table(table):
         "decode/fp32/1x2048/page64/read",
         "decode/int8-b/1x2048/page64/read",
         "decode/int8-b/1x2048/page64/fp32",
-        "memory/bf16/causal/d128/s2048",
+        "memory/bf16/causal/h2/d128/s2048",
     ]
 
 
