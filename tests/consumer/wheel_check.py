@@ -1,4 +1,4 @@
-"""Runs inside an environment that holds the installed wheel and numpy, nothing else: the package works and starts fast."""
+"""Runs in an environment that holds the installed wheel and numpy, nothing else: the package works and starts fast."""
 
 import importlib.util
 import subprocess
@@ -15,7 +15,7 @@ for _ in range(3):
     subprocess.run([sys.executable, "-P", "-c", "import numpy"], check=True)
     seconds.append((bare - start, time.perf_counter() - bare))
 import_seconds, numpy_seconds = min(seconds)
-assert import_seconds < 0.5, f"import heddle takes {import_seconds:.2f} s in a fresh interpreter (numpy {numpy_seconds:.2f} s)"
+assert import_seconds < 0.5, f"import heddle takes {import_seconds:.2f} s afresh (numpy {numpy_seconds:.2f} s)"
 
 import numpy as np  # noqa: E402
 
