@@ -44,8 +44,9 @@ HEDDLE_API ScheduleKind schedule_from_string(std::string_view name);
 HEDDLE_API void set_num_threads(int n);
 HEDDLE_API int num_threads();
 
-// The instruction set that the host backend runs: "amx", "avx512_bf16", "avx512", "avx2" or "portable". HEDDLE_ISA in the
-// environment, or set_host_isa, lowers it (kValue for a name that this processor or build lacks; "auto" takes the best).
+// The instruction set that the host backend runs: "amx", "avx512_bf16", "avx512", "avx2" or "portable". HEDDLE_ISA in
+// the environment, or set_host_isa, lowers it (kValue for a name that this processor or build lacks; "auto" takes the
+// best).
 HEDDLE_API std::string_view host_isa();
 HEDDLE_API void set_host_isa(std::string_view name);
 HEDDLE_API std::vector<std::string> available_host_isas();

@@ -46,25 +46,27 @@ class HEDDLE_API KVCache {
 
   const CacheConfig& config() const noexcept;
 
-  // Views of the storage, valid as long as the cache lives.
+  // Views of the storage, valid as long as the cache lives; scales that the format lacks are not given.
   TensorView k() const noexcept;
   TensorView v() const noexcept;
-  TensorView k_scale() const noexcept;  // float32 [num_pages, Hkv, page_size / partition] (int8-a) or [1]; else not given
-  TensorView v_scale() const noexcept;  // float32 [1] for int8 and fp8; else not given
-  TensorView q_scale() const noexcept;  // float32 [1] for int8-baseline; else not given
+  TensorView k_scale() const noexcept;      // float32 [num_pages, Hkv, page_size / partition] (int8-a) or [1]
+  TensorView v_scale() const noexcept;      // float32 [1] for int8 and fp8; else not given
+  TensorView q_scale() const noexcept;      // float32 [1] for int8-baseline; else not given
   TensorView value_norms() const noexcept;  // float32 [num_pages, Hkv, page_size]: |v|_2 as it was before quantization
 
-  // Sets the static per-tensor scales from sample data (k, v, q: float [B, S, H, D] or [total, H, D]). Never called, the first
-  // append calibrates K and V from its own tokens and the first decode Q. Calibrating a cache that holds tokens is kValue.
+  // Sets the static per-tensor scales from sample data (k, v, q: float [B, S, H, D] or [total, H, D]). Never called,
+  // the first append calibrates K and V from its own tokens and the first decode Q. Calibrating a cache that holds
+  // tokens is kValue.
   void calibrate(const TensorView& k, const TensorView& v, const TensorView& q = {});
   bool kv_calibrated() const noexcept;
   bool q_calibrated() const noexcept;
   void calibrate_q(const TensorView& q);
 
-  // Writes request b's new tokens at positions start[b], start[b] + 1, ...: k [B, S, Hkv, D], v [B, S, Hkv, Dv], or packed
-  // [total, Hkv, D] with cu_seqlens int32 [B + 1]. block_table int32 [B, max_pages], start int32 [B]. seq_lens (int32 [B], written)
-  // becomes start[b] + new tokens. All or nothing: a bad table, a full cache or NaN in quantized data leaves everything as it was.
-  // int8-a with partition > 1: a token that raises the maximum of its open partition re-quantizes that partition.
+  // Writes request b's new tokens at positions start[b], start[b] + 1, ...: k [B, S, Hkv, D], v [B, S, Hkv, Dv], or
+  // packed [total, Hkv, D] with cu_seqlens int32 [B + 1]. block_table int32 [B, max_pages], start int32 [B]. seq_lens
+  // (int32 [B], written) becomes start[b] + new tokens. All or nothing: a bad table, a full cache or NaN in quantized
+  // data leaves everything as it was. int8-a with partition > 1: a token that raises the maximum of its open partition
+  // re-quantizes that partition.
   void append(const TensorView& k, const TensorView& v, const TensorView& block_table, const TensorView& start,
               const TensorView& seq_lens, const TensorView& cu_seqlens = {});
 
