@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     partial = any(argument.startswith("--benchmark_filter") for argument in args.arguments)
     into = args.into or (None if partial else RESULTS)
     program = os.path.relpath(args.program.resolve(), ROOT)
-    record = describe([program, *args.arguments])
+    record = describe([program, *args.arguments]) | {"complete": not partial}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
         outputs = [f"--benchmark_out={out}", "--benchmark_out_format=json"]
