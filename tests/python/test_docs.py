@@ -69,7 +69,7 @@ def test_commands_exist(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     options = (ROOT / "cmake" / "HeddleOptions.cmake").read_text()
     fields = (ROOT / "tests" / "cpp" / "support" / "cases.cpp").read_text()
-    for line in "\n".join(blocks(page, "sh")).splitlines():
+    for line in "\n".join(blocks(page, "sh")).replace("\\\n", "").splitlines():
         words = shlex.split(line, comments=True)
         for word, following in itertools.pairwise([*words, ""]):
             if word == "make":
