@@ -87,12 +87,12 @@ struct Partials {
 
 // What a thread needs for one item of either path.
 struct Scratch {
-  std::byte* queries;                          // packed, or as floats / int8 for the stream path
-  float* query_row;                            // one row as floats
-  std::int8_t* query_int8;                     // [kTileRows][dim]
-  float *factor, *bias, *query_scale, *m, *l;  // [kTileRows]
-  std::int32_t* row_sums;                      // [kTileRows]
-  float* o;                                    // [kTileRows][columns]
+  std::byte* queries;            // packed, or as floats / int8 for the stream path
+  float* query_row;              // one row as floats
+  std::int8_t* query_int8;       // [kTileRows][dim]
+  float *factor, *bias, *m, *l;  // [kTileRows]
+  std::int32_t* row_sums;        // [kTileRows]
+  float* o;                      // [kTileRows][columns]
   float* scores;
   void* probabilities;
   std::uint64_t* bits;  // [kStepTiles][kTileRows], or [kStreamRows][kStepTiles]
@@ -183,7 +183,7 @@ Scratch& Attention::scratch(Workspace& workspace, Scratch& s) const {
     s.queries = c.take<std::byte>(kTileRows * std::max<std::size_t>(static_cast<std::size_t>(words_) * 4, dim * 4));
     s.query_row = c.take<float>(dim);
     s.query_int8 = c.take<std::int8_t>(kTileRows * dim);
-    for (float** at : {&s.factor, &s.bias, &s.query_scale, &s.m, &s.l}) *at = c.take<float>(kTileRows);
+    for (float** at : {&s.factor, &s.bias, &s.m, &s.l}) *at = c.take<float>(kTileRows);
     s.row_sums = c.take<std::int32_t>(kTileRows);
     s.o = c.take<float>(static_cast<std::size_t>(kTileRows * columns_));
     s.scores = c.take<float>(kScoreBytes / 4);
