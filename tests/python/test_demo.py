@@ -336,14 +336,17 @@ def test_the_tables_fit_the_terminal(width):
 def test_progress_ends_at_the_total(terminal):
     out = io.StringIO()
     show = _show.Terminal(rich_console.Console(file=out, width=100, force_terminal=terminal))
-    with show.working(30.0) as steps:
+    with show.working(50.0) as steps:
         with steps.step("weaving", 10.0) as tick:
             for _ in range(7):
                 tick(1 / 7)
         with steps.step("knotting", 20.0) as tick:
             tick(0.25)
             tick(2.0)  # more than the step has
-        assert steps.done == pytest.approx(30.0)
+        with steps.step("cutting", 5.0):
+            pass
+        steps.skip(15.0)
+        assert steps.done == pytest.approx(steps.total) == 35.0
     assert "weaving" in out.getvalue()
 
 
@@ -391,8 +394,8 @@ def test_greedy_generation_is_that_of_sdpa(smollm2):
 def test_the_demo(smollm2, tmp_path, capsys):
     page, measurements = tmp_path / "report.html", tmp_path / "demo.json"
     sizes = ["--tokens", "192", "--decode-tokens", "8", "--generate", "8", "--window", "48", "--globals", "4"]
-    files = ["--report", str(page), "--json", str(measurements), "--strided", "24", "8", "--repeats", "1"]
-    assert cli.main(["demo", *sizes, *files]) == 0
+    files = ["--report", str(page), "--json", str(measurements), "--strided", "24", "8", "--repeats", "2"]
+    assert cli.main(["demo", *sizes, *files, "--budget", "0"]) == 0
 
     out = capsys.readouterr().out
     assert out.rstrip().splitlines()[-1] == f"Report: {page}"
@@ -400,6 +403,7 @@ def test_the_demo(smollm2, tmp_path, capsys):
     results = json.loads(measurements.read_text(encoding="utf-8"))
     assert results["model"]["name"] == "SmolLM2-135M-Instruct"
     assert results["machine"]["isa"] == heddle.host_isa()
+    assert results["options"]["repeats"] == 1  # no time for the second
     by_name = {variant["name"]: variant for variant in results["variants"]}
     assert tuple(by_name) == DEFAULT_VARIANTS
 

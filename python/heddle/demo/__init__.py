@@ -47,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--decode-tokens", type=int, default=32, metavar="N", help="tokens that are decoded one by one")
     run.add_argument("--generate", type=int, default=64, metavar="N", help="length of each generated answer")
-    run.add_argument("--repeats", type=int, default=2, metavar="N", help="runs of each variant; the best one counts")
+    run.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each variant; the best one counts")
+    run.add_argument(
+        "--budget", type=float, default=240.0, metavar="SECONDS", help="no further runs that would end later than this"
+    )
 
     out = parser.add_argument_group("what is written")
     out.add_argument("--report", type=Path, default=Path("heddle-report.html"), metavar="FILE", help="the report, HTML")

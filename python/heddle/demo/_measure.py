@@ -79,7 +79,8 @@ def measure(args: argparse.Namespace, variants: list[Variant], show: Terminal, c
 
         records: dict[str, dict[str, Any]] = {variant.name: {} for variant in variants}
         # Rounds take turns, so that a slow moment of the machine does not fall on one variant alone.
-        for _ in range(args.repeats):
+        for repeats in range(1, args.repeats + 1):
+            begun = time.perf_counter()
             for number, variant in enumerate(variants, 1):
                 record = records[variant.name]
                 position = f"{variant.label} ({number} of {len(variants)})"
@@ -91,6 +92,10 @@ def measure(args: argparse.Namespace, variants: list[Variant], show: Terminal, c
                 with progress.step(f"decode · {position}", work["decode"]) as tick:
                     bench.decode(variant, cache, record, tick)
                 del hidden, cache
+            ended = time.perf_counter()
+            if ended - started + (ended - begun) > args.budget:
+                progress.skip((args.repeats - repeats) * len(variants) * (work["prefill"] + work["decode"]))
+                break
 
         prompt = _inputs.chat_prompt(tokenizer, ids, args.question, min(args.tokens, _EXCERPT_TOKENS))
         answers = {}
@@ -114,7 +119,7 @@ def measure(args: argparse.Namespace, variants: list[Variant], show: Terminal, c
         },
         "options": {
             "decode_tokens": args.decode_tokens,
-            "repeats": args.repeats,
+            "repeats": repeats,
             "generate": args.generate,
             "question": args.question,
             "prompt_tokens": prompt.shape[1],

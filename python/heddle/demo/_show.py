@@ -110,6 +110,12 @@ class _Steps:
         self._progress = progress
         self._task = progress.add_task("", total=total)
         self.done = 0.0
+        self.total = total
+
+    def skip(self, work: float) -> None:
+        """That much of the total will not be done."""
+        self.total -= work
+        self._progress.update(self._task, total=self.total)
 
     @contextlib.contextmanager
     def step(self, description: str, work: float) -> Iterator[Callable[[float], None]]:
