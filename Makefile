@@ -81,7 +81,7 @@ test-gpu: build  ## on a machine with a GPU: the tests that need one
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	@$(BIN)/clang-format --dry-run -Werror $(CPP_FILES) && echo "clang-format: $(words $(CPP_FILES)) files formatted"
 
 format: $(STAMP)  ## formats C++, CUDA and Python in place
 	$(BIN)/ruff check --fix-only --quiet .

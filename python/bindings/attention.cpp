@@ -1,7 +1,10 @@
 // Attention over contiguous or packed keys and values, and merge.
 #include "heddle/attention.h"
 
+#include <algorithm>
 #include <array>
+#include <cstring>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -35,12 +38,19 @@ py::object attention(py::object q_, py::object k_, py::object v_, py::object cau
     shape[rank - 1] = v.array.view.shape[rank - 1];
     out = empty({shape.data(), static_cast<std::size_t>(rank)}, q.quantized() ? DType::kFloat32 : q.array.view.dtype,
                 q.array);
+    // Rows of a packed batch that cu_seqlens does not reach belong to no request.
+    if (cu_seqlens_q.given() && out.view.device.type == DeviceType::kCpu) {
+      std::memset(out.view.data, 0, static_cast<std::size_t>(out.view.numel()) * size_of(out.view.dtype));
+    }
   }
   Array lse;
   if (to_bool(return_lse, "return_lse")) {
     // [B, Hq, Sq] or [Hq, total]
     std::swap(shape[rank - 3], shape[rank - 2]);
     lse = empty({shape.data(), static_cast<std::size_t>(rank - 1)}, DType::kFloat32, q.array);
+    if (cu_seqlens_q.given() && lse.view.device.type == DeviceType::kCpu) {
+      std::fill_n(lse.view.as<float>(), lse.view.numel(), -std::numeric_limits<float>::infinity());
+    }
   }
   const AttentionParams params{.q = q.array.view,
                                .k = k.array.view,

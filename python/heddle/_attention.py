@@ -81,6 +81,9 @@ def attention(
     Source: the tiled online softmax of FlashAttention (Dao et al., arXiv 2205.14135) over a worklist of key tiles.
     """
     if format is not None:
+        if format == "int8-a" and partition != 1 and cu_seqlens_q is not None:
+            allowed = "allowed in a packed batch is 1: longer partitions would reach from one request into the next"
+            raise refuse(HeddleValueError, "value", "partition", f"{partition!r}; {allowed}")
         quantized = quantize_operands(q, k, v, format, partition, smooth)
         result = attention(
             *quantized,

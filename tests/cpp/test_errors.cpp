@@ -239,6 +239,16 @@ INSTANTIATE_TEST_SUITE_P(
            c.quantize();
            c.p.v_scales.scale = c.float32({1}, kNaN);
          }},
+        {"ScaleNegative", ErrorCode::kValue, "v_scales.scale", "-0.5; allowed are 0",
+         [](A& c) {
+           c.quantize();
+           c.p.v_scales.scale = c.float32({1}, -0.5f);
+         }},
+        {"ScaleNegativeQuery", ErrorCode::kValue, "q_scales.scale", "-0.5; allowed are 0",
+         [](A& c) {
+           c.quantize();
+           c.p.q_scales.scale = c.float32({2, 3, 4}, -0.5f);
+         }},
         {"ScaleDType", ErrorCode::kDType, "q_scales.scale", "allowed is float32",
          [](A& c) {
            c.quantize();

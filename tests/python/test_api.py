@@ -481,3 +481,13 @@ def test_public_names_are_documented():
         member = getattr(heddle, name)
         assert name == "__version__" or (member.__doc__ and member.__doc__.strip()), name
     assert heddle.available_backends()[-1] == "reference"
+
+
+def test_packed_rows_of_no_request_see_nothing():
+    q, k, v = (np.ones((6, 2, 8), np.float32) for _ in range(3))
+    bounds = np.array([0, 2, 4], np.int32)
+    out, lse = heddle.attention(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, return_lse=True)
+    assert (out[:4] == 1).all()
+    assert (out[4:] == 0).all()
+    assert np.isfinite(lse[:, :4]).all()
+    assert (lse[:, 4:] == -np.inf).all()

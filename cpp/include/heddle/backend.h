@@ -28,13 +28,13 @@ enum class ScheduleKind : std::uint8_t {
   kAuto,
   kTile,      // one tile a CTA (host: tiles dealt in order)
   kStatic,    // persistent, tiles assigned in advance
-  kStealing,  // persistent, heaviest first, idle workers take from the rest
+  kStealing,  // persistent, heavy tiles of a head first, idle workers take from the rest
 };
 
 struct Schedule {
   ScheduleKind kind = ScheduleKind::kAuto;
-  // Keys a split of one row tile reads; 0 chooses. Splits depend on this and on the request alone, so a fixed value
-  // makes a request's bits independent of its batch.
+  // Keys a split of one row tile reads, rounded up to 64; 0 chooses. Splits depend on this and on the request alone, so
+  // a fixed value makes a request's bits independent of its batch.
   std::int64_t split_size = 0;
 };
 

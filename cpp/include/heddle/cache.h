@@ -37,6 +37,7 @@ struct CacheConfig {
 // Pages of page_size tokens. Page p holds, for each KV head, its tokens' keys one after the other:
 // k [num_pages, Hkv, page_size, D], v [num_pages, Hkv, page_size, Dv]. Token t of request b lies in page
 // block_table[b, t / page_size], slot t % page_size. Requests may share pages.
+// Concurrent decodes are fine; an append or calibration must be alone.
 class HEDDLE_API KVCache {
  public:
   explicit KVCache(const CacheConfig& config);

@@ -52,6 +52,10 @@ Rows rows_of(const TensorView& x) {
           .slot_stride = x.strides[slot] * size};
 }
 
+void check_not_negative(const std::string& name, float scale) {
+  if (scale < 0.0f) check::fail(ErrorCode::kValue, name, check::text(scale, "; allowed are 0 and above"));
+}
+
 // The scales of a quantized q, k or v; `name` is "k_scales".
 void set_scales(std::string_view x_name, std::string_view name, const TensorView& x, const QuantScales& scales,
                 Rows& rows) {
@@ -72,13 +76,24 @@ void set_scales(std::string_view x_name, std::string_view name, const TensorView
   const int slot = x.rank - 3;
   if (scales.partition == 0) {
     check::shape(scale_name, scale, {1});
-    if (x.device.type == DeviceType::kCpu) check::finite(scale_name, *scale.as<const float>());
+    if (x.device.type == DeviceType::kCpu) {
+      check::finite(scale_name, *scale.as<const float>());
+      check_not_negative(scale_name, *scale.as<const float>());
+    }
   } else {
     const std::int64_t groups = ceil_div(x.shape[slot], scales.partition), heads = x.shape[slot + 1];
     if (x.rank == 4) {
       check::shape(scale_name, scale, {x.shape[0], groups, heads});
     } else {
       check::shape(scale_name, scale, {groups, heads});
+    }
+    // Scales of queries multiply their rows' maxima.
+    for (std::int64_t i = 0; x.device.type == DeviceType::kCpu && x_name == "q" && i < scale.numel(); ++i) {
+      std::int64_t at = 0;
+      for (std::int64_t axis = scale.rank - 1, rest = i; axis >= 0; rest /= scale.shape[axis], --axis) {
+        at += rest % scale.shape[axis] * scale.strides[axis];
+      }
+      check_not_negative(scale_name, scale.as<const float>()[at]);
     }
     rows.partition = scales.partition;
     rows.scale_page_stride = x.rank == 4 ? scale.strides[0] : 0;

@@ -31,7 +31,10 @@ void parallel(int n, void (*body)(void* context, int id), void* context) {
   if (n == 1) return body(context, 0);
   std::exception_ptr error;
   std::mutex mutex;
-#pragma omp parallel num_threads(n)
+  // Always the whole team, idle members included: libgomp ends the threads that a smaller team leaves over and starts
+  // new ones for the next large one.
+  const int team = std::max(n, num_threads());
+#pragma omp parallel num_threads(team)
   {
     // The team may be smaller than asked for.
     for (int id = omp_get_thread_num(); id < n; id += omp_get_num_threads()) {
