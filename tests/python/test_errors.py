@@ -234,7 +234,6 @@ ATTENTION = [
         "1",
         format="int8-a",
         partition=2,
-        out=None,
         **PACKED,
     ),
     case("format of integers", "v", TYPE, "dtype", "int32", "float32", format="int8-b", v=V.astype(np.int32)),
