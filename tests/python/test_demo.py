@@ -4,6 +4,11 @@ import html.parser
 import io
 import json
 import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,7 +149,7 @@ def test_bad_options_are_answered_at_once(arguments, message, capsys):
 def made_up(names=DEFAULT_VARIANTS, layers=30) -> dict:
     """Measurements as the demo makes them, with numbers that nobody measured."""
     rng = np.random.default_rng(5)
-    differences = [0.0, 0.0, 0.031, 0.62, 0.012, -0.0011, 3.0e-3, 0.018]
+    differences = [-7.6e-8, 0.0, 0.031, 0.62, 0.012, -0.0011, 3.0e-3, 0.018]
     levels = [2e-7, 0.0, 0.08, 0.6, 0.048, 0.034, 0.044, 0.064]
     results = {
         "schema": 1,
@@ -159,6 +164,7 @@ def made_up(names=DEFAULT_VARIANTS, layers=30) -> dict:
             "isa": "avx512_bf16",
             "heddle_threads": 2,
             "torch_threads": 2,
+            "others_share": 0.02,
         },
         "versions": {"heddle": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "revision": None},
         "model": {
@@ -303,7 +309,7 @@ def test_the_report_of_a_model_with_one_layer_and_losses_below_dense():
 
 @pytest.mark.parametrize(
     ("number", "expected"),
-    [(0.0, "+0.0000"), (0.01234, "+0.0123"), (-0.00012, "−0.0001"), (3e-7, "+3.0·10⁻⁷"), (-2.5e-12, "−2.5·10⁻¹²")],
+    [(0.0, "+0.0000"), (0.01234, "+0.0123"), (-0.00012, "−0.0001"), (3e-7, "+3·10⁻⁷"), (-2.7e-12, "−3·10⁻¹²")],
 )
 def test_signed_numbers(number, expected):
     assert report.signed(number) == expected
@@ -312,6 +318,31 @@ def test_signed_numbers(number, expected):
 @pytest.mark.parametrize(("number", "expected"), [(0.0482, "4.8 %"), (1.4, "140.0 %"), (2.04e-7, "2.0·10⁻⁷")])
 def test_relative_errors(number, expected):
     assert report.relative(number) == expected
+
+
+@pytest.mark.parametrize(("share", "said"), [(None, False), (0.02, False), (0.62, True)])
+def test_times_beside_other_work_are_marked(share, said):
+    results = made_up()
+    results["machine"]["others_share"] = share
+    out = io.StringIO()
+    _show.Terminal(rich_console.Console(file=out, width=120)).results(results)
+    for text in (out.getvalue(), " ".join(Page(report.render(results)).text)):
+        assert ("Other processes took 62 % of the cores" in text) == said
+
+
+def test_the_share_of_other_work_is_measured():
+    """A busy process beside this one, which sleeps."""
+    if not Path("/proc/stat").exists():
+        pytest.skip("no /proc/stat")
+    from heddle.demo import _measure
+
+    others = _measure._OthersShare()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        time.sleep(1.5)
+        share = others.share()
+        process.kill()
+    # All of a core, or as much of it as other work leaves.
+    assert 0.5 / len(os.sched_getaffinity(0)) < share <= 1
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])

@@ -50,6 +50,7 @@ _EXCERPT_TOKENS = 1024
 def measure(args: argparse.Namespace, variants: list[Variant], show: Terminal, command: str) -> dict[str, Any]:
     """All measurements of the demo, as plain data (see to_json). `command` is recorded with them."""
     started = time.perf_counter()
+    others = _OthersShare()
     name, path = _inputs.find_model(args.model)
     text_name, text = _inputs.read_text(args.text)
 
@@ -108,7 +109,7 @@ def measure(args: argparse.Namespace, variants: list[Variant], show: Terminal, c
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seconds": time.perf_counter() - started,
-        "machine": machine(),
+        "machine": {**machine(), "others_share": others.share()},
         "versions": versions(),
         "model": _describe_model(name, path, model),
         "text": {
@@ -342,6 +343,33 @@ def machine() -> dict[str, Any]:
         "heddle_threads": heddle.num_threads(),
         "torch_threads": torch.get_num_threads(),
     }
+
+
+class _OthersShare:
+    """What other processes take of the processor cores, from when it is made: their work makes the times longer."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds: the wall clock, this process on all cores, everybody on the cores that this process may use."""
+        allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        try:
+            lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        except OSError:
+            return None
+        # user nice system idle iowait irq softirq steal ...
+        busy = sum(sum(map(int, words[1:4] + words[6:9])) for words in lines if words and words[0] in allowed)
+        return time.perf_counter(), time.process_time(), busy / os.sysconf("SC_CLK_TCK")
+
+    def share(self) -> float | None:
+        """0 to 1; None where the system does not tell."""
+        end = self._now()
+        if self._start is None or end is None:
+            return None
+        wall, own, busy = (b - a for a, b in zip(self._start, end, strict=True))
+        return min(max((busy - own) / (wall * len(os.sched_getaffinity(0))), 0.0), 1.0)
 
 
 def versions() -> dict[str, str | None]:

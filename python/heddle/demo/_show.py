@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from heddle.report._format import relative, signed
+from heddle.report._format import busy_note, relative, signed
 
 
 class Terminal:
@@ -44,6 +44,8 @@ class Terminal:
         for table in (self._figures(results), self._answers(results)):
             self.console.print(table)
             self.console.print()
+        if note := busy_note(results["machine"]["others_share"]):
+            self.console.print(note)
 
     def written(self, what: str, path: Path) -> None:
         self.console.print(f"{what}: {path.absolute()}", soft_wrap=True)

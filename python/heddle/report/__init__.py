@@ -9,7 +9,7 @@ import jinja2
 import markupsafe
 
 from heddle.report import _plots
-from heddle.report._format import relative, scientific, signed
+from heddle.report._format import busy_note, relative, scientific, signed
 
 __all__ = ["render"]
 
@@ -27,5 +27,6 @@ def render(results: dict[str, Any]) -> str:
         r=results,
         by_name=by_name,
         color=_plots.color,
+        busy_note=busy_note(results["machine"]["others_share"]),
         plots={name: markupsafe.Markup(plot(results)) for name, plot in _plots.PLOTS.items()},
     )
