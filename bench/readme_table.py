@@ -31,8 +31,10 @@ def newest(folder: Path) -> dict[str, Record]:
     found: dict[tuple[int, int], tuple[str, str, Record]] = {}
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
+        if not record.get("complete", True):
+            continue
         key = (list(TABLES).index(_program(record)), ISAS.index(_device(record)["isa"]))
-        if record.get("complete", True) and (key not in found or found[key][0] <= record["date"]):
+        if key not in found or found[key][0] <= record["date"]:
             found[key] = (record["date"], path.name, record)
     return {name: record for _, (_, name, record) in sorted(found.items(), key=lambda item: item[0])}
 
