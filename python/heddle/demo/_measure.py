@@ -55,13 +55,14 @@ def measure(args: argparse.Namespace, variants: list[Variant], show: Terminal, c
     text_name, text = _inputs.read_text(args.text)
 
     rounds = len(variants) * args.repeats
+    # One unit is about a token of prefill.
     work = {
-        "load": 2000.0,
+        "load": 15_000.0,
         "errors": 1.0 * args.tokens * (1 + len(variants) / 4),
         "prefill": float(args.tokens),
         "loss": args.tokens / 2,
-        "decode": 25.0 * args.decode_tokens,
-        "generate": _EXCERPT_TOKENS + 25.0 * args.generate,
+        "decode": 40.0 * args.decode_tokens,
+        "generate": _EXCERPT_TOKENS + 40.0 * args.generate,
     }
     total = (
         work["load"]
