@@ -378,6 +378,12 @@ void attention(const AttentionParams& params) {
         problem.requests.push_back(
             {.q_len = q_at[b + 1] - q_at[b], .kv_len = k_at[b + 1] - k_at[b], .q_first = q_at[b], .k_first = k_at[b]});
       }
+    } else {
+      problem.on_device = {.size = cu_q.shape[0] - 1,
+                           .max_q_len = q.shape[0],
+                           .max_kv_len = k.shape[0],
+                           .cu_seqlens_q = cu_q.as<const std::int32_t>(),
+                           .cu_seqlens_k = cu_k.as<const std::int32_t>()};
     }
   } else {
     for (std::int64_t b = 0; b < q.shape[0]; ++b) {
@@ -431,6 +437,15 @@ void decode(const DecodeParams& params) {
   check::axis("block_table", table, 0, "batch", q.shape[0], "as in q");
   check::index_array("seq_lens", seq_lens, q.device, "q");
   check::shape("seq_lens", seq_lens, {q.shape[0]});
+  if (!on_cpu(problem)) {
+    problem.on_device = {.size = q.shape[0],
+                         .max_q_len = q.shape[1],
+                         .max_kv_len = table.shape[1] * config.page_size,
+                         .seq_lens = seq_lens.as<const std::int32_t>(),
+                         .block_table = table.as<const std::int32_t>(),
+                         .table_stride = table.strides[0],
+                         .num_pages = config.num_pages};
+  }
   for (std::int64_t b = 0; on_cpu(problem) && b < q.shape[0]; ++b) {
     const std::int64_t tokens = seq_lens.as<const std::int32_t>()[b];
     const std::int64_t capacity = table.shape[1] * config.page_size;

@@ -49,6 +49,18 @@ struct Request {
   const std::int32_t* pages = nullptr;   // key j lies in page pages[j / page_size], slot j % page_size
 };
 
+// The lengths of a batch on a device, which the host does not read: decode and packed batches. `requests` is then
+// empty, and a request's tokens follow from these as they follow from a Request on the host.
+struct DeviceBatch {
+  std::int64_t size = 0;                       // requests; 0: the lengths are in `requests`
+  std::int64_t max_q_len = 0, max_kv_len = 0;  // what the shapes allow; a request may be shorter
+  // decode: [size] and [size, pages]
+  const std::int32_t *seq_lens = nullptr, *block_table = nullptr;
+  std::int64_t table_stride = 0, num_pages = 0;  // elements from row to row; pages of the cache
+  // packed batches: [size + 1] each
+  const std::int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
+};
+
 struct Problem {
   Rows q, k, v, out;
   // lse of (q_page, head, slot); null data: not wanted. float32, or float64 (reference only). Strides in elements.
@@ -57,6 +69,7 @@ struct Problem {
   std::int64_t lse_page_stride = 0, lse_head_stride = 0, lse_slot_stride = 0;
 
   std::vector<Request> requests;
+  DeviceBatch on_device;
   std::int64_t num_q_heads = 0, num_kv_heads = 0;
   std::int64_t page_size = 0;  // 0: keys are contiguous
 
