@@ -1,0 +1,68 @@
+// Barriers in shared memory that count arrivals and the bytes of bulk copies, and named barriers among warps.
+#pragma once
+
+#include <cstdint>
+
+namespace heddle::cuda {
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// A phase ends when `count` threads have arrived and all bytes that were announced have come. Waiters name the parity
+// of the phase they wait for: 0 for the first.
+struct alignas(8) Barrier {
+  std::uint64_t state;
+
+  __device__ __forceinline__ void init(std::uint32_t count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(count) : "memory");
+  }
+  __device__ __forceinline__ void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+  }
+  __device__ __forceinline__ void arrive_expecting(std::uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
+                 : "memory");
+  }
+  __device__ __forceinline__ bool try_wait(std::uint32_t parity) {
+    std::uint32_t done;
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+                 : "=r"(done)
+                 : "r"(shared_address(this)), "r"(parity)
+                 : "memory");
+    return done != 0;
+  }
+  __device__ __forceinline__ void wait(std::uint32_t parity) {
+    while (!try_wait(parity)) {
+    }
+  }
+};
+
+// Makes initialized barriers visible to the copy engine; a barrier among the threads has to follow.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Where a ring of stages stands: the stage, and the parity of the phase that its barriers are in.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  std::uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Named barriers: `threads` is the number of threads that sync or arrive.
+__device__ __forceinline__ void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace heddle::cuda

@@ -1,0 +1,42 @@
+// Bulk tensor copies (TMA): boxes of a tensor in global memory to shared memory, zeros beyond its edges.
+#pragma once
+
+#include <cstdint>
+#include <cuda.h>
+
+#include "cuda/common/mbarrier.cuh"
+
+namespace heddle::cuda {
+
+// What a copy's data is worth to the second-level cache. Encodings of createpolicy, as CUTLASS lists them.
+enum class CacheHint : std::uint64_t {
+  kNormal = 0x1000000000000000,
+  kEvictFirst = 0x12F0000000000000,
+  kEvictLast = 0x14F0000000000000,
+};
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<std::uint64_t>(&map)) : "memory");
+}
+
+__device__ __forceinline__ void load_box(const CUtensorMap& map, Barrier& barrier, void* to, CacheHint hint, int c0,
+                                         int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+      "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+      "l"(static_cast<std::uint64_t>(hint))
+      : "memory");
+}
+
+__device__ __forceinline__ void load_box(const CUtensorMap& map, Barrier& barrier, void* to, CacheHint hint, int c0,
+                                         int c1, int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(to)),
+      "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+      "r"(c4), "l"(static_cast<std::uint64_t>(hint))
+      : "memory");
+}
+
+}  // namespace heddle::cuda

@@ -1,0 +1,38 @@
+// How the prefill kernel is cut for a head dimension, and what of shared memory and registers that takes.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/common/wgmma.cuh"
+
+namespace heddle::cuda {
+
+// kDim and kDimV: elements of rows of q and k, and of v; narrower rows are filled up with zeros as they are copied.
+// kWarpgroups: those that multiply, 64 rows each; one more feeds them. kKeys: keys of a KV tile. kStages: KV tiles that
+// shared memory holds.
+template <class T, int kDim_, int kDimV_, int kWarpgroups_, int kKeys_, int kStages_ = 2>
+struct PrefillConfig {
+  using Element = T;
+  static constexpr int kDim = kDim_, kDimV = kDimV_, kWarpgroups = kWarpgroups_, kKeys = kKeys_, kStages = kStages_;
+  static constexpr int kRows = 64 * kWarpgroups;
+  static constexpr int kConsumerThreads = 128 * kWarpgroups;
+  static constexpr int kThreads = 128 + kConsumerThreads;
+
+  static constexpr int kChunks = (kDim + kChunkElements - 1) / kChunkElements;
+  static constexpr int kChunksV = (kDimV + kChunkElements - 1) / kChunkElements;
+  static constexpr int kQChunkBytes = kRows * kChunkRowBytes;
+  static constexpr int kKvChunkBytes = kKeys * kChunkRowBytes;
+  static_assert(kDim % 16 == 0 && kKeys % 16 == 0, "whole steps of the matrix instruction");
+
+  // 65,536 registers: 2 x 240 + 24 or 3 x 160 + 32 a thread of 128. The scores, the output and the probabilities of a
+  // row tile are (kKeys + kDimV + kKeys / 2) / 2 a thread, which leaves room for some 30 others.
+  static constexpr int kProducerRegisters = kWarpgroups == 1 ? 56 : kWarpgroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 1 ? 256 : kWarpgroups == 2 ? 232 : 160;
+  static_assert((kKeys + kDimV + kKeys / 2) / 2 + 20 <= kConsumerRegisters, "no spills");
+
+  // Warpgroups take turns at the tensor cores, so that one's softmax runs beside another's products. Long rows have
+  // products enough to hide it.
+  static constexpr bool kTakeTurns = kWarpgroups > 1 && kDim <= 128;
+};
+
+}  // namespace heddle::cuda

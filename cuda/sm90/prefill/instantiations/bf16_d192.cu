@@ -1,0 +1,11 @@
+#include "cuda/sm90/prefill/instantiate.cuh"
+
+namespace heddle::cuda {
+
+extern const PrefillVariant kPrefillBf16D192V128;
+const PrefillVariant kPrefillBf16D192V128 = prefill_variant<PrefillConfig<__nv_bfloat16, 192, 128, 2, 112>>();
+
+extern const PrefillVariant kPrefillBf16D192;
+const PrefillVariant kPrefillBf16D192 = prefill_variant<PrefillConfig<__nv_bfloat16, 192, 192, 2, 96>>();
+
+}  // namespace heddle::cuda

@@ -1,0 +1,8 @@
+#include "cuda/sm90/prefill/instantiate.cuh"
+
+namespace heddle::cuda {
+
+extern const PrefillVariant kPrefillFp16D96;
+const PrefillVariant kPrefillFp16D96 = prefill_variant<PrefillConfig<__half, 96, 96, 2, 160>>();
+
+}  // namespace heddle::cuda

@@ -1,0 +1,509 @@
+// Attention of many queries, 16-bit elements, on Hopper: out = softmax(scale q k^T) v over the KV tiles that the
+// worklist names.
+//
+// Roles: two warps of warpgroup 0 feed. The planner takes row tiles from the schedule and names their KV tiles; the
+// loader has those copied by TMA. Both run ahead as far as shared memory goes, over the ends of row tiles too. The
+// other warpgroups multiply: 64 rows each of the same row tile. For KV tile t a warpgroup issues S = Q K_t^T and O += P
+// V_(t-1) together, and turns S into the next P while the second product still runs; two warpgroups take turns in
+// issuing, so that the tensor cores have one's products while the other is at its softmax. Data: Q, K and V go through
+// shared memory in chunks of 64 elements with the 128-byte swizzle; S, P and O stay in registers, and O is written from
+// there. Limit: 4 x pairs x dim operations over the rate of the tensor cores.
+#pragma once
+
+#include "cuda/common/tma.cuh"
+#include "cuda/common/wgmma.cuh"
+#include "cuda/sm90/prefill/config.h"
+#include "cuda/sm90/prefill/exact.cuh"
+#include "cuda/sm90/prefill/params.h"
+#include "cuda/sm90/prefill/schedule.cuh"
+#include "cuda/sm90/prefill/softmax.cuh"
+#include "cuda/sm90/prefill/worklist.cuh"
+
+namespace heddle::cuda {
+
+inline constexpr int kItemSlots = 2, kNoteSlots = 8;
+
+template <class Config>
+struct alignas(1024) PrefillShared {
+  std::uint8_t q[Config::kChunks][Config::kQChunkBytes];
+  std::uint8_t k[Config::kStages][Config::kChunks][Config::kKvChunkBytes];
+  std::uint8_t v[Config::kStages][Config::kChunksV][Config::kKvChunkBytes];
+  Barrier q_full, q_empty;
+  Barrier k_full[Config::kStages], k_empty[Config::kStages];
+  Barrier v_full[Config::kStages], v_empty[Config::kStages];
+  Barrier item_full[kItemSlots], item_empty[kItemSlots];
+  PrefillItem item[kItemSlots];
+  Barrier note_full[kNoteSlots], note_empty[kNoteSlots];
+  int has_tiles[kItemSlots];    // -1: no item, the end
+  int note[kNoteSlots];         // from the planner to the loader
+  int k_note[Config::kStages];  // of the key tiles that lie in k
+};
+
+// ---- the planning warp ----------------------------------------------------------------------------------------------
+
+// Takes row tiles from the schedule and says which KV tiles each of them visits.
+template <class Config>
+class PrefillPlanner {
+ public:
+  __device__ __forceinline__ PrefillPlanner(const PrefillParams& params, PrefillShared<Config>& shared)
+      : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32) {}
+
+  __device__ __forceinline__ void run() {
+    ItemQueue queue(params_);
+    for (int index = queue.pop(); index >= 0; index = queue.pop()) {
+      const PrefillItem item = queue.item(index);
+      TileWalk<Config::kKeys> walk(params_, item);
+      announce(item, walk.done() ? 0 : 1);
+      while (!walk.done()) {
+        const TileNote note = walk.take();
+        shared_.note_empty[note_.stage].wait(note_.parity ^ 1);
+        if (lane_ == 0) {
+          shared_.note[note_.stage] = note.value;
+          shared_.note_full[note_.stage].arrive();
+        }
+        __syncwarp();
+        note_.advance();
+      }
+    }
+    announce({}, -1);
+    queue.finish();
+  }
+
+ private:
+  __device__ __forceinline__ void announce(const PrefillItem& item, int has_tiles) {
+    shared_.item_empty[slot_.stage].wait(slot_.parity ^ 1);
+    if (lane_ == 0) {
+      shared_.item[slot_.stage] = item;
+      shared_.has_tiles[slot_.stage] = has_tiles;
+      shared_.item_full[slot_.stage].arrive();
+    }
+    __syncwarp();
+    slot_.advance();
+  }
+
+  const PrefillParams& params_;
+  PrefillShared<Config>& shared_;
+  int lane_;
+  RingPosition<kNoteSlots> note_;
+  RingPosition<kItemSlots> slot_;
+};
+
+// ---- the loading warp -----------------------------------------------------------------------------------------------
+
+template <class Config>
+class PrefillLoader {
+ public:
+  __device__ __forceinline__ PrefillLoader(const PrefillParams& params, PrefillShared<Config>& shared)
+      : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32) {}
+
+  __device__ __forceinline__ void run() {
+    while (true) {
+      shared_.item_full[slot_.stage].wait(slot_.parity);
+      const int has_tiles = shared_.has_tiles[slot_.stage];
+      if (has_tiles < 0) break;
+      const PrefillItem& item = shared_.item[slot_.stage];
+      if (has_tiles > 0) {
+        // K_0, Q, K_1, V_0, K_2, V_1, ...: the order in which they are needed.
+        TileNote note = next_note();
+        load_k(item, note);
+        load_q(item);
+        while (!note.last()) {
+          const TileNote next = next_note();
+          load_k(item, next);
+          load_v(item, note.tile());
+          note = next;
+        }
+        load_v(item, note.tile());
+      }
+      __syncwarp();
+      if (lane_ == 0) shared_.item_empty[slot_.stage].arrive();
+      slot_.advance();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ TileNote next_note() {
+    shared_.note_full[note_.stage].wait(note_.parity);
+    const TileNote note{shared_.note[note_.stage]};
+    __syncwarp();
+    if (lane_ == 0) shared_.note_empty[note_.stage].arrive();
+    note_.advance();
+    return note;
+  }
+
+  __device__ __forceinline__ void load_q(const PrefillItem& item) {
+    const int rows = params_.schedule.queries_per_tile * params_.packed_heads;
+    shared_.q_empty.wait(q_parity_ ^ 1);
+    q_parity_ ^= 1;
+    if (lane_ == 0) shared_.q_full.arrive_expecting(Config::kChunks * rows * kChunkRowBytes);
+    __syncwarp();
+    if (lane_ < Config::kChunks) {
+      load_box(params_.q_map, shared_.q_full, shared_.q[lane_], CacheHint::kEvictFirst, lane_ * kChunkElements, 0,
+               item.q_first + item.first_query, item.q_head / params_.packed_heads, item.q_page);
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void load_k(const PrefillItem& item, TileNote note) {
+    shared_.k_empty[k_.stage].wait(k_.parity ^ 1);
+    if (lane_ == 0) {
+      shared_.k_note[k_.stage] = note.value;
+      shared_.k_full[k_.stage].arrive_expecting(Config::kChunks * Config::kKvChunkBytes);
+    }
+    __syncwarp();
+    load_keys<Config::kChunks>(params_.k_map, shared_.k_full[k_.stage], shared_.k[k_.stage], item, note.tile());
+    k_.advance();
+  }
+  __device__ __forceinline__ void load_v(const PrefillItem& item, int tile) {
+    shared_.v_empty[v_.stage].wait(v_.parity ^ 1);
+    if (lane_ == 0) shared_.v_full[v_.stage].arrive_expecting(Config::kChunksV * Config::kKvChunkBytes);
+    __syncwarp();
+    load_keys<Config::kChunksV>(params_.v_map, shared_.v_full[v_.stage], shared_.v[v_.stage], item, tile);
+    v_.advance();
+  }
+
+  template <int kChunks>
+  __device__ __forceinline__ void load_keys(const CUtensorMap& map, Barrier& full,
+                                            std::uint8_t (&to)[kChunks][Config::kKvChunkBytes], const PrefillItem& item,
+                                            int tile) {
+    const int head = item.q_head / params_.group, first = tile * Config::kKeys;
+    if (params_.page_size == 0) {
+      if (lane_ < kChunks) {
+        load_box(map, full, to[lane_], CacheHint::kEvictLast, lane_ * kChunkElements, item.k_first + first, head,
+                 item.q_page);
+      }
+    } else {
+      // A lane a box. Boxes behind the last key bring some key again: what lies there is read by nobody.
+      const int boxes = Config::kKeys / params_.box_keys;
+      const std::int32_t* table = params_.block_table + item.request * params_.table_stride;
+#pragma unroll 1
+      for (int box = lane_; box < boxes; box += 32) {
+        const int token = min(first + box * params_.box_keys, (item.kv_len - 1) / params_.box_keys * params_.box_keys);
+        const int page = __ldg(table + token / params_.page_size);
+#pragma unroll 1
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+          load_box(map, full, to[chunk] + box * params_.box_keys * kChunkRowBytes, CacheHint::kEvictLast,
+                   chunk * kChunkElements, token % params_.page_size, head, page);
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+  const PrefillParams& params_;
+  PrefillShared<Config>& shared_;
+  int lane_;
+  std::uint32_t q_parity_ = 0;
+  RingPosition<Config::kStages> k_, v_;
+  RingPosition<kNoteSlots> note_;
+  RingPosition<kItemSlots> slot_;
+};
+
+// ---- a multiplying warpgroup ----------------------------------------------------------------------------------------
+
+template <class Config>
+class PrefillConsumer {
+ public:
+  using T = typename Config::Element;
+  static constexpr int kKeys = Config::kKeys, kDimV = Config::kDimV;
+
+  __device__ __forceinline__ PrefillConsumer(const PrefillParams& params, PrefillShared<Config>& shared)
+      : params_(params),
+        shared_(shared),
+        warpgroup_(static_cast<int>(threadIdx.x) / 128 - 1),
+        thread_(static_cast<int>(threadIdx.x) % 128),
+        q_(k_major_descriptor(shared.q[0] + warpgroup_ * 64 * kChunkRowBytes)) {}
+
+  __device__ __forceinline__ void run() {
+    if (warpgroup_ == Config::kWarpgroups - 1) pass_turn();  // the first turn is warpgroup 0's
+    while (true) {
+      shared_.item_full[slot_.stage].wait(slot_.parity);
+      const int has_tiles = shared_.has_tiles[slot_.stage];
+      if (has_tiles < 0) break;
+      const PrefillItem item = shared_.item[slot_.stage];
+      __syncwarp();
+      if (thread_ % 32 == 0) shared_.item_empty[slot_.stage].arrive();
+      slot_.advance();
+
+      float o[kDimV / 2];
+#pragma unroll
+      for (int i = 0; i < kDimV / 2; ++i) o[i] = 0.0f;
+      RowState state;
+      if (has_tiles > 0) multiply(item, o, state);
+      finish(item, o, state);
+    }
+    if (warpgroup_ == 0) await_turn();  // the last turn that was passed
+  }
+
+ private:
+  __device__ __forceinline__ void multiply(const PrefillItem& item, float (&o)[kDimV / 2], RowState& state) {
+    float s[kKeys / 2], decay[2];
+    std::uint32_t p[kKeys / 4];
+
+    shared_.q_full.wait(q_parity_);
+    q_parity_ ^= 1;
+    shared_.k_full[k_.stage].wait(k_.parity);
+    TileNote note = read_note();
+    wgmma_fence();
+    issue_scores(s);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(s);
+    release(shared_.k_empty, k_);
+    to_probabilities(item, note, s, state, decay);
+    to_operand<T>(s, p);
+
+    while (!note.last()) {
+      shared_.k_full[k_.stage].wait(k_.parity);
+      const TileNote next = read_note();
+      await_turn();
+      pin(o);
+      pin(p);
+      wgmma_fence();
+      issue_scores(s);
+      wgmma_commit();
+      shared_.v_full[v_.stage].wait(v_.parity);
+      clear_behind(item, note);
+      wgmma_fence();
+      issue_output(o, p);
+      wgmma_commit();
+      pass_turn();
+      wgmma_wait<1>();
+      pin(s);
+      release(shared_.k_empty, k_);
+      to_probabilities(item, next, s, state, decay);
+      wgmma_wait<0>();
+      pin(o);
+      pin(p);
+      release(shared_.v_empty, v_);
+      rescale(o, decay);
+      to_operand<T>(s, p);
+      note = next;
+    }
+    if (thread_ % 32 == 0) shared_.q_empty.arrive();
+
+    shared_.v_full[v_.stage].wait(v_.parity);
+    clear_behind(item, note);
+    pin(o);
+    pin(p);
+    wgmma_fence();
+    issue_output(o, p);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(o);
+    release(shared_.v_empty, v_);
+  }
+
+  // All lanes read the same; the shuffle tells the compiler so, which then lets products run on over branches.
+  __device__ __forceinline__ TileNote read_note() const {
+    return {__shfl_sync(kFullWarp, shared_.k_note[k_.stage], 0)};
+  }
+
+  __device__ __forceinline__ void issue_scores(float (&s)[kKeys / 2]) {
+    const std::uint64_t k = k_major_descriptor(shared_.k[k_.stage][0]);
+#pragma unroll
+    for (int step = 0; step < Config::kDim / 16; ++step) {
+      const int chunk = step / 4, inside = step % 4 * 32;
+      wgmma_ss<T, kKeys>(s, q_ + descriptor_step(chunk * Config::kQChunkBytes + inside),
+                         k + descriptor_step(chunk * Config::kKvChunkBytes + inside), step > 0);
+    }
+  }
+  __device__ __forceinline__ void issue_output(float (&o)[kDimV / 2], const std::uint32_t (&p)[kKeys / 4]) {
+    const std::uint64_t v = mn_major_descriptor(shared_.v[v_.stage][0], Config::kKvChunkBytes);
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step) {
+      wgmma_rs<T, kDimV>(o, p + 4 * step, v + descriptor_step(step * 16 * kChunkRowBytes));
+    }
+  }
+
+  __device__ __forceinline__ void to_probabilities(const PrefillItem& item, TileNote note, float (&s)[kKeys / 2],
+                                                   RowState& state, float (&decay)[2]) {
+    map_scores(s, params_.score_map, params_.map_factor);
+    if (note.masked()) {
+      const int queries[2] = {query_of(item, row()), query_of(item, row() + 8)};
+      Visibility visibility(params_.pattern, item.q_len, item.kv_len);
+      visibility.set_mask(item.request, item.q_head);
+      mask_scores(s, visibility, queries, note.tile() * kKeys + accumulator_column(thread_));
+    }
+    state.update(s, params_.scale_log2, decay);
+  }
+  __device__ __forceinline__ void rescale(float (&o)[kDimV / 2], const float (&decay)[2]) const {
+#pragma unroll
+    for (int i = 0; i < kDimV / 2; ++i) o[i] *= decay[i / 2 % 2];
+  }
+
+  // Values behind the last key are multiplied by probabilities of 0, which is not enough if they are not numbers.
+  __device__ __forceinline__ void clear_behind(const PrefillItem& item, TileNote note) {
+    const int keys = item.kv_len - note.tile() * kKeys;
+    if (keys >= kKeys) return;
+    constexpr int kWords = kChunkRowBytes / 16;
+    for (int i = keys * kWords + thread_; i < kKeys * kWords; i += 128) {
+#pragma unroll
+      for (int chunk = 0; chunk < Config::kChunksV; ++chunk) {
+        *reinterpret_cast<uint4*>(shared_.v[v_.stage][chunk] + i * 16) = uint4{};
+      }
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    named_sync(kClearBarrier + warpgroup_, 128);
+  }
+
+  // ---- the end of a row tile ----
+
+  __device__ __forceinline__ void finish(const PrefillItem& item, float (&o)[kDimV / 2], const RowState& state) {
+    bool poisoned[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int query = query_of(item, row() + 8 * half), head = head_of(item, row() + 8 * half);
+      const bool valid = is_row(row() + 8 * half) && query < item.q_len;
+      const float sum = quad_reduce(state.sum[half], [](float a, float b) { return a + b; });
+      float top = state.max[half] * params_.scale_log2, denominator = sum, decay = 1.0f;
+      if (params_.sinks != nullptr && valid) {
+        const float sink = __ldg(params_.sinks + head) * kLog2E;
+        const float joined = fmaxf(top, sink), at = joined == -INFINITY ? 0.0f : joined;
+        decay = exp2_approx(top - at);
+        denominator = sum * decay + exp2_approx(sink - at);
+        top = joined;
+      }
+      const float factor = denominator == 0.0f ? 0.0f : decay / denominator;
+      float check = 0.0f;
+#pragma unroll
+      for (int i = 2 * half; i < kDimV / 2; i += 4) {
+        o[i] *= factor;
+        o[i + 1] *= factor;
+        check += 0.0f * o[i];
+        check += 0.0f * o[i + 1];
+      }
+      poisoned[half] = valid && check != 0.0f;  // NaN: something was not finite
+      if (params_.lse != nullptr && valid && thread_ % 4 == 0) {
+        const float lse = denominator == 0.0f ? -INFINITY : (top + log2f(denominator)) * kLn2;
+        params_
+            .lse[item.q_page * params_.lse_page + head * params_.lse_head + (item.q_first + query) * params_.lse_slot] =
+            lse;
+      }
+      store(item, o, half, valid, query, head);
+    }
+    // A row that met something not finite may have met it in a key that it does not see: 0 times NaN is NaN. Such rows
+    // are rare, and are computed again key by key.
+    if (__any_sync(kFullWarp, poisoned[0] || poisoned[1])) {
+#pragma unroll 1
+      for (int i = 0; i < 16; ++i) {
+        const unsigned votes = __ballot_sync(kFullWarp, i < 8 ? poisoned[0] : poisoned[1]);
+        if ((votes >> i % 8 * 4 & 0xf) == 0) continue;
+        const int again = warpgroup_ * 64 + thread_ / 32 * 16 + i;
+        exact_row<T, kDimV>(params_, item, query_of(item, again), head_of(item, again));
+      }
+    }
+  }
+
+  // Four lanes hold eight columns of a row in turn: they are exchanged so that each lane writes 16 bytes.
+  __device__ __forceinline__ void store(const PrefillItem& item, const float (&o)[kDimV / 2], int half, bool valid,
+                                        int query, int head) const {
+    T* to = static_cast<T*>(params_.out.data) + item.q_page * params_.out.page + head * params_.out.head +
+            (item.q_first + query) * params_.out.slot;
+    const int lane = thread_ % 4;
+#pragma unroll
+    for (int first = 0; first < kDimV / 8; first += 4) {
+      std::uint32_t x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int block = first + j;
+        if (block < kDimV / 8) x[j] = pack<T>(o[4 * block + 2 * half], o[4 * block + 2 * half + 1]);
+      }
+      transpose_quad(x, lane);
+      const int column = (first + lane) * 8;
+      if (valid && column < params_.head_dim_v) *reinterpret_cast<uint4*>(to + column) = uint4{x[0], x[1], x[2], x[3]};
+    }
+  }
+  // x[j] becomes what lane j of the quad had in its x[lane].
+  __device__ __forceinline__ static void transpose_quad(std::uint32_t (&x)[4], int lane) {
+    const bool odd = (lane & 1) != 0, high = (lane & 2) != 0;
+    const std::uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? x[0] : x[1], 1);
+    const std::uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? x[2] : x[3], 1);
+    (odd ? x[0] : x[1]) = a;
+    (odd ? x[2] : x[3]) = b;
+    const std::uint32_t c = __shfl_xor_sync(0xffffffffu, high ? x[0] : x[2], 2);
+    const std::uint32_t d = __shfl_xor_sync(0xffffffffu, high ? x[1] : x[3], 2);
+    (high ? x[0] : x[2]) = c;
+    (high ? x[1] : x[3]) = d;
+  }
+
+  // ---- rows, turns, barriers ----
+
+  __device__ __forceinline__ int row() const { return warpgroup_ * 64 + accumulator_row(thread_); }
+  __device__ __forceinline__ bool is_row(int row) const {
+    return row < params_.schedule.queries_per_tile * params_.packed_heads;
+  }
+  __device__ __forceinline__ int query_of(const PrefillItem& item, int row) const {
+    return item.first_query + row / params_.packed_heads;
+  }
+  __device__ __forceinline__ int head_of(const PrefillItem& item, int row) const {
+    return item.q_head + row % params_.packed_heads;
+  }
+
+  __device__ __forceinline__ void release(Barrier (&empty)[Config::kStages], RingPosition<Config::kStages>& at) {
+    if (thread_ % 32 == 0) empty[at.stage].arrive();
+    at.advance();
+  }
+
+  static constexpr int kTurnBarrier = 1, kClearBarrier = 1 + Config::kWarpgroups;
+  __device__ __forceinline__ void await_turn() const {
+    if constexpr (Config::kTakeTurns) named_sync(kTurnBarrier + warpgroup_, 256);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if constexpr (Config::kTakeTurns) named_arrive(kTurnBarrier + (warpgroup_ + 1) % Config::kWarpgroups, 256);
+  }
+
+  const PrefillParams& params_;
+  PrefillShared<Config>& shared_;
+  int warpgroup_, thread_;
+  std::uint64_t q_;
+  std::uint32_t q_parity_ = 0;
+  RingPosition<Config::kStages> k_, v_;
+  RingPosition<kItemSlots> slot_;
+};
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1) prefill_kernel(const __grid_constant__ PrefillParams params) {
+  extern __shared__ __align__(1024) std::uint8_t memory[];
+  auto& shared = *reinterpret_cast<PrefillShared<Config>*>(memory);
+
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(params.q_map);
+    prefetch_tensor_map(params.k_map);
+    prefetch_tensor_map(params.v_map);
+    constexpr int kWarps = 4 * Config::kWarpgroups;
+    shared.q_full.init(1);
+    shared.q_empty.init(kWarps);
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      shared.k_full[stage].init(1);
+      shared.k_empty[stage].init(kWarps);
+      shared.v_full[stage].init(1);
+      shared.v_empty[stage].init(kWarps);
+    }
+    for (int slot = 0; slot < kItemSlots; ++slot) {
+      shared.item_full[slot].init(1);
+      shared.item_empty[slot].init(kWarps + 1);
+    }
+    for (int slot = 0; slot < kNoteSlots; ++slot) {
+      shared.note_full[slot].init(1);
+      shared.note_empty[slot].init(1);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Config::kProducerRegisters));
+    if (threadIdx.x < 32) {
+      PrefillLoader<Config>(params, shared).run();
+    } else if (threadIdx.x < 64) {
+      PrefillPlanner<Config>(params, shared).run();
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Config::kConsumerRegisters));
+    PrefillConsumer<Config>(params, shared).run();
+  }
+}
+
+}  // namespace heddle::cuda
