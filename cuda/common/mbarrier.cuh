@@ -43,18 +43,15 @@ __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Where a ring of stages stands: the stage, and the parity of the phase that its barriers are in.
+// Where a ring of stages stands, by how many were used: the stage, and the parity of the phase that it is in.
 template <int kStages>
 struct RingPosition {
-  int stage = 0;
-  std::uint32_t parity = 0;
+  std::uint32_t used = 0;
 
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
+  static_assert((kStages & (kStages - 1)) == 0, "a power of two: stages go on where the count wraps");
+  __device__ __forceinline__ int stage() const { return static_cast<int>(used % kStages); }
+  __device__ __forceinline__ std::uint32_t parity() const { return used / kStages % 2; }
+  __device__ __forceinline__ void advance() { ++used; }
 };
 
 // Named barriers: `threads` is the number of threads that sync or arrive.

@@ -21,24 +21,28 @@ inline constexpr int kChunkElements = 64;  // of 16 bits
 inline constexpr int kChunkRowBytes = 128;
 inline constexpr int kSwizzleAtomBytes = 8 * kChunkRowBytes;  // chunks begin at a multiple of it
 
-// Address fields count 16 bytes: what has to be added to a descriptor to move its operand by so many bytes.
-constexpr std::uint64_t descriptor_step(int bytes) { return static_cast<std::uint64_t>(bytes) >> 4; }
+// Where an operand lies. The upper half of a descriptor is the same for all of them, and known to the compiler.
+struct Operand {
+  std::uint32_t low;
 
-namespace detail {
-__device__ __forceinline__ std::uint64_t descriptor(const void* tile, int leading_bytes, int stride_bytes) {
-  constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
-  return kSwizzle128 | descriptor_step(stride_bytes) << 32 | descriptor_step(leading_bytes) << 16 |
-         descriptor_step(static_cast<int>(shared_address(tile) & 0x3ffff));
-}
-}  // namespace detail
+  static constexpr std::uint32_t kHigh = 1u << 30 | kSwizzleAtomBytes >> 4;  // 128-byte swizzle, stride between atoms
+
+  // Moved by so many bytes; address fields count 16 bytes.
+  __device__ __forceinline__ Operand operator+(int bytes) const { return {low + static_cast<std::uint32_t>(bytes >> 4)}; }
+  __device__ __forceinline__ std::uint64_t descriptor() const {
+    std::uint64_t both;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(low), "n"(kHigh));
+    return both;
+  }
+};
 
 // Rows are the M or N of the product. 16 elements further along K: + 32 bytes inside a chunk.
-__device__ __forceinline__ std::uint64_t k_major_descriptor(const void* tile) {
-  return detail::descriptor(tile, 16, kSwizzleAtomBytes);
+__device__ __forceinline__ Operand k_major(const void* tile) {
+  return {(shared_address(tile) & 0x3ffff) >> 4 | 1u << 16};
 }
 // Elements are the N of the product. 16 rows further along K: + 16 rows of a chunk.
-__device__ __forceinline__ std::uint64_t mn_major_descriptor(const void* tile, int chunk_bytes) {
-  return detail::descriptor(tile, chunk_bytes, kSwizzleAtomBytes);
+__device__ __forceinline__ Operand mn_major(const void* tile, int chunk_bytes) {
+  return {(shared_address(tile) & 0x3ffff) >> 4 | static_cast<std::uint32_t>(chunk_bytes >> 4) << 16};
 }
 
 // Registers written before are ready for the products that follow.
@@ -104,14 +108,14 @@ __device__ __forceinline__ void rs(const std::uint32_t* a, std::uint64_t b, floa
 
 // D = A B, or D += A B: both K-major in shared memory; one step of 16 along K.
 template <class T, int N>
-__device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, bool add) {
-  detail::ss<typename detail::Instruction<T, N>::SS>(a, b, d, add ? detail::ScaleOut::One : detail::ScaleOut::Zero,
+__device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], Operand a, Operand b, bool add) {
+  detail::ss<typename detail::Instruction<T, N>::SS>(a.descriptor(), b.descriptor(), d, add ? detail::ScaleOut::One : detail::ScaleOut::Zero,
                                                      std::make_index_sequence<N / 2>{});
 }
 // D += A B: A in registers, B MN-major in shared memory.
 template <class T, int N>
-__device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const std::uint32_t* a, std::uint64_t b) {
-  detail::rs<typename detail::Instruction<T, N>::RS>(a, b, d, std::make_index_sequence<N / 2>{});
+__device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const std::uint32_t* a, Operand b) {
+  detail::rs<typename detail::Instruction<T, N>::RS>(a, b.descriptor(), d, std::make_index_sequence<N / 2>{});
 }
 
 // An accumulator D[64, N] of a warpgroup: thread t holds rows row_of(t) and row_of(t) + 8; element 4 j + 2 i + e is in

@@ -46,36 +46,38 @@ template <class Config>
 class PrefillPlanner {
  public:
   __device__ __forceinline__ PrefillPlanner(const PrefillParams& params, PrefillShared<Config>& shared)
-      : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32) {}
+      : params_(params), shared_(shared) {}
 
   __device__ __forceinline__ void run() {
     ItemQueue queue(params_);
     for (int index = queue.pop(); index >= 0; index = queue.pop()) {
-      const PrefillItem item = queue.item(index);
-      TileWalk<Config::kKeys> walk(params_, item);
-      announce(item, walk.done() ? 0 : 1);
+      shared_.item_empty[slot_.stage()].wait(slot_.parity() ^ 1);
+      if (lane() == 0) shared_.item[slot_.stage()] = queue.item(index);
+      __syncwarp();
+      TileWalk<Config::kKeys> walk(params_, shared_.item[slot_.stage()]);
+      announce(walk.done() ? 0 : 1);
       while (!walk.done()) {
         const TileNote note = walk.take();
-        shared_.note_empty[note_.stage].wait(note_.parity ^ 1);
-        if (lane_ == 0) {
-          shared_.note[note_.stage] = note.value;
-          shared_.note_full[note_.stage].arrive();
+        shared_.note_empty[note_.stage()].wait(note_.parity() ^ 1);
+        if (lane() == 0) {
+          shared_.note[note_.stage()] = note.value;
+          shared_.note_full[note_.stage()].arrive();
         }
         __syncwarp();
         note_.advance();
       }
     }
-    announce({}, -1);
+    shared_.item_empty[slot_.stage()].wait(slot_.parity() ^ 1);
+    announce(-1);
     queue.finish();
   }
 
  private:
-  __device__ __forceinline__ void announce(const PrefillItem& item, int has_tiles) {
-    shared_.item_empty[slot_.stage].wait(slot_.parity ^ 1);
-    if (lane_ == 0) {
-      shared_.item[slot_.stage] = item;
-      shared_.has_tiles[slot_.stage] = has_tiles;
-      shared_.item_full[slot_.stage].arrive();
+  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ __forceinline__ void announce(int has_tiles) {
+    if (lane() == 0) {
+      shared_.has_tiles[slot_.stage()] = has_tiles;
+      shared_.item_full[slot_.stage()].arrive();
     }
     __syncwarp();
     slot_.advance();
@@ -83,7 +85,6 @@ class PrefillPlanner {
 
   const PrefillParams& params_;
   PrefillShared<Config>& shared_;
-  int lane_;
   RingPosition<kNoteSlots> note_;
   RingPosition<kItemSlots> slot_;
 };
@@ -98,10 +99,10 @@ class PrefillLoader {
 
   __device__ __forceinline__ void run() {
     while (true) {
-      shared_.item_full[slot_.stage].wait(slot_.parity);
-      const int has_tiles = shared_.has_tiles[slot_.stage];
+      shared_.item_full[slot_.stage()].wait(slot_.parity());
+      const int has_tiles = shared_.has_tiles[slot_.stage()];
       if (has_tiles < 0) break;
-      const PrefillItem& item = shared_.item[slot_.stage];
+      const PrefillItem& item = shared_.item[slot_.stage()];
       if (has_tiles > 0) {
         // K_0, Q, K_1, V_0, K_2, V_1, ...: the order in which they are needed.
         TileNote note = next_note();
@@ -116,17 +117,17 @@ class PrefillLoader {
         load_v(item, note.tile());
       }
       __syncwarp();
-      if (lane_ == 0) shared_.item_empty[slot_.stage].arrive();
+      if (lane_ == 0) shared_.item_empty[slot_.stage()].arrive();
       slot_.advance();
     }
   }
 
  private:
   __device__ __forceinline__ TileNote next_note() {
-    shared_.note_full[note_.stage].wait(note_.parity);
-    const TileNote note{shared_.note[note_.stage]};
+    shared_.note_full[note_.stage()].wait(note_.parity());
+    const TileNote note{shared_.note[note_.stage()]};
     __syncwarp();
-    if (lane_ == 0) shared_.note_empty[note_.stage].arrive();
+    if (lane_ == 0) shared_.note_empty[note_.stage()].arrive();
     note_.advance();
     return note;
   }
@@ -144,20 +145,20 @@ class PrefillLoader {
     __syncwarp();
   }
   __device__ __forceinline__ void load_k(const PrefillItem& item, TileNote note) {
-    shared_.k_empty[k_.stage].wait(k_.parity ^ 1);
+    shared_.k_empty[k_.stage()].wait(k_.parity() ^ 1);
     if (lane_ == 0) {
-      shared_.k_note[k_.stage] = note.value;
-      shared_.k_full[k_.stage].arrive_expecting(Config::kChunks * Config::kKvChunkBytes);
+      shared_.k_note[k_.stage()] = note.value;
+      shared_.k_full[k_.stage()].arrive_expecting(Config::kChunks * Config::kKvChunkBytes);
     }
     __syncwarp();
-    load_keys<Config::kChunks>(params_.k_map, shared_.k_full[k_.stage], shared_.k[k_.stage], item, note.tile());
+    load_keys<Config::kChunks>(params_.k_map, shared_.k_full[k_.stage()], shared_.k[k_.stage()], item, note.tile());
     k_.advance();
   }
   __device__ __forceinline__ void load_v(const PrefillItem& item, int tile) {
-    shared_.v_empty[v_.stage].wait(v_.parity ^ 1);
-    if (lane_ == 0) shared_.v_full[v_.stage].arrive_expecting(Config::kChunksV * Config::kKvChunkBytes);
+    shared_.v_empty[v_.stage()].wait(v_.parity() ^ 1);
+    if (lane_ == 0) shared_.v_full[v_.stage()].arrive_expecting(Config::kChunksV * Config::kKvChunkBytes);
     __syncwarp();
-    load_keys<Config::kChunksV>(params_.v_map, shared_.v_full[v_.stage], shared_.v[v_.stage], item, tile);
+    load_keys<Config::kChunksV>(params_.v_map, shared_.v_full[v_.stage()], shared_.v[v_.stage()], item, tile);
     v_.advance();
   }
 
@@ -209,27 +210,26 @@ class PrefillConsumer {
   __device__ __forceinline__ PrefillConsumer(const PrefillParams& params, PrefillShared<Config>& shared)
       : params_(params),
         shared_(shared),
-        warpgroup_(static_cast<int>(threadIdx.x) / 128 - 1),
+        warpgroup_(__shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128 - 1, 0)),
         thread_(static_cast<int>(threadIdx.x) % 128),
-        q_(k_major_descriptor(shared.q[0] + warpgroup_ * 64 * kChunkRowBytes)) {}
+        q_(k_major(shared.q[0] + warpgroup_ * 64 * kChunkRowBytes)) {}
 
   __device__ __forceinline__ void run() {
     if (warpgroup_ == Config::kWarpgroups - 1) pass_turn();  // the first turn is warpgroup 0's
     while (true) {
-      shared_.item_full[slot_.stage].wait(slot_.parity);
-      const int has_tiles = shared_.has_tiles[slot_.stage];
+      shared_.item_full[slot_.stage()].wait(slot_.parity());
+      const int has_tiles = shared_.has_tiles[slot_.stage()];
       if (has_tiles < 0) break;
-      const PrefillItem item = shared_.item[slot_.stage];
-      __syncwarp();
-      if (thread_ % 32 == 0) shared_.item_empty[slot_.stage].arrive();
-      slot_.advance();
-
+      const PrefillItem& item = shared_.item[slot_.stage()];
       float o[kDimV / 2];
 #pragma unroll
       for (int i = 0; i < kDimV / 2; ++i) o[i] = 0.0f;
       RowState state;
       if (has_tiles > 0) multiply(item, o, state);
       finish(item, o, state);
+      __syncwarp();
+      if (thread_ % 32 == 0) shared_.item_empty[slot_.stage()].arrive();
+      slot_.advance();
     }
     if (warpgroup_ == 0) await_turn();  // the last turn that was passed
   }
@@ -241,7 +241,7 @@ class PrefillConsumer {
 
     shared_.q_full.wait(q_parity_);
     q_parity_ ^= 1;
-    shared_.k_full[k_.stage].wait(k_.parity);
+    shared_.k_full[k_.stage()].wait(k_.parity());
     TileNote note = read_note();
     wgmma_fence();
     issue_scores(s);
@@ -253,7 +253,7 @@ class PrefillConsumer {
     to_operand<T>(s, p);
 
     while (!note.last()) {
-      shared_.k_full[k_.stage].wait(k_.parity);
+      shared_.k_full[k_.stage()].wait(k_.parity());
       const TileNote next = read_note();
       await_turn();
       pin(o);
@@ -261,7 +261,7 @@ class PrefillConsumer {
       wgmma_fence();
       issue_scores(s);
       wgmma_commit();
-      shared_.v_full[v_.stage].wait(v_.parity);
+      shared_.v_full[v_.stage()].wait(v_.parity());
       clear_behind(item, note);
       wgmma_fence();
       issue_output(o, p);
@@ -271,6 +271,7 @@ class PrefillConsumer {
       pin(s);
       release(shared_.k_empty, k_);
       to_probabilities(item, next, s, state, decay);
+      pin(s);  // all of it before the wait, not after
       wgmma_wait<0>();
       pin(o);
       pin(p);
@@ -281,7 +282,7 @@ class PrefillConsumer {
     }
     if (thread_ % 32 == 0) shared_.q_empty.arrive();
 
-    shared_.v_full[v_.stage].wait(v_.parity);
+    shared_.v_full[v_.stage()].wait(v_.parity());
     clear_behind(item, note);
     pin(o);
     pin(p);
@@ -295,23 +296,23 @@ class PrefillConsumer {
 
   // All lanes read the same; the shuffle tells the compiler so, which then lets products run on over branches.
   __device__ __forceinline__ TileNote read_note() const {
-    return {__shfl_sync(kFullWarp, shared_.k_note[k_.stage], 0)};
+    return {__shfl_sync(kFullWarp, shared_.k_note[k_.stage()], 0)};
   }
 
   __device__ __forceinline__ void issue_scores(float (&s)[kKeys / 2]) {
-    const std::uint64_t k = k_major_descriptor(shared_.k[k_.stage][0]);
+    const Operand k = k_major(shared_.k[k_.stage()][0]);
 #pragma unroll
     for (int step = 0; step < Config::kDim / 16; ++step) {
       const int chunk = step / 4, inside = step % 4 * 32;
-      wgmma_ss<T, kKeys>(s, q_ + descriptor_step(chunk * Config::kQChunkBytes + inside),
-                         k + descriptor_step(chunk * Config::kKvChunkBytes + inside), step > 0);
+      wgmma_ss<T, kKeys>(s, q_ + (chunk * Config::kQChunkBytes + inside),
+                         k + (chunk * Config::kKvChunkBytes + inside), step > 0);
     }
   }
   __device__ __forceinline__ void issue_output(float (&o)[kDimV / 2], const std::uint32_t (&p)[kKeys / 4]) {
-    const std::uint64_t v = mn_major_descriptor(shared_.v[v_.stage][0], Config::kKvChunkBytes);
+    const Operand v = mn_major(shared_.v[v_.stage()][0], Config::kKvChunkBytes);
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
-      wgmma_rs<T, kDimV>(o, p + 4 * step, v + descriptor_step(step * 16 * kChunkRowBytes));
+      wgmma_rs<T, kDimV>(o, p + 4 * step, v + (step * 16 * kChunkRowBytes));
     }
   }
 
@@ -333,13 +334,14 @@ class PrefillConsumer {
 
   // Values behind the last key are multiplied by probabilities of 0, which is not enough if they are not numbers.
   __device__ __forceinline__ void clear_behind(const PrefillItem& item, TileNote note) {
+    if (!note.masked()) return;
     const int keys = item.kv_len - note.tile() * kKeys;
     if (keys >= kKeys) return;
     constexpr int kWords = kChunkRowBytes / 16;
     for (int i = keys * kWords + thread_; i < kKeys * kWords; i += 128) {
 #pragma unroll
       for (int chunk = 0; chunk < Config::kChunksV; ++chunk) {
-        *reinterpret_cast<uint4*>(shared_.v[v_.stage][chunk] + i * 16) = uint4{};
+        *reinterpret_cast<uint4*>(shared_.v[v_.stage()][chunk] + i * 16) = uint4{};
       }
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -440,7 +442,7 @@ class PrefillConsumer {
   }
 
   __device__ __forceinline__ void release(Barrier (&empty)[Config::kStages], RingPosition<Config::kStages>& at) {
-    if (thread_ % 32 == 0) empty[at.stage].arrive();
+    if (thread_ % 32 == 0) empty[at.stage()].arrive();
     at.advance();
   }
 
@@ -455,7 +457,7 @@ class PrefillConsumer {
   const PrefillParams& params_;
   PrefillShared<Config>& shared_;
   int warpgroup_, thread_;
-  std::uint64_t q_;
+  Operand q_;
   std::uint32_t q_parity_ = 0;
   RingPosition<Config::kStages> k_, v_;
   RingPosition<kItemSlots> slot_;

@@ -164,9 +164,9 @@ void launch_attention(const AttentionArgs& args) {
   PrefillSchedule& schedule = params.schedule;
   schedule.kind = args.schedule == ScheduleKind::kAuto ? ScheduleKind::kStealing : args.schedule;
   schedule.queries_per_tile = variant.rows / params.packed_heads;
-  // Half of the cache: the queries and the output pass through it too.
+  // The queries and the output pass through the cache too.
   schedule.section_keys =
-      static_cast<float>(facts.l2_bytes) * 0.6f / static_cast<float>((args.head_dim + args.head_dim_v) * 2);
+      static_cast<float>(facts.l2_bytes) * 0.65f / static_cast<float>((args.head_dim + args.head_dim_v) * 2);
   const std::int64_t heads = args.num_q_heads / params.packed_heads;
   const std::int64_t row_tiles = ceil_div(args.q_len, schedule.queries_per_tile);
   const std::int64_t most_items = (packed ? row_tiles + args.batch : row_tiles * args.batch) * heads;

@@ -14,31 +14,26 @@ namespace heddle::cuda {
 class ItemQueue {
  public:
   __device__ __forceinline__ explicit ItemQueue(const PrefillParams& params)
-      : params_(params),
-        schedule_(params.schedule),
-        lane_(static_cast<int>(threadIdx.x) % 32),
-        total_(params.schedule.order == nullptr ? params.schedule.num_items
-                                                : __ldg(params.schedule.first_item + params.batch)) {}
+      : params_(params), schedule_(params.schedule), next_(static_cast<int>(blockIdx.x)) {}
 
   // The index of the next item, or -1.
   __device__ __forceinline__ int pop() {
-    const int ctas = static_cast<int>(gridDim.x), own = static_cast<int>(blockIdx.x);
+    const int ctas = static_cast<int>(gridDim.x), own = static_cast<int>(blockIdx.x), total = count();
     if (schedule_.kind != ScheduleKind::kStealing) {
-      const int item = own + taken_++ * ctas;
-      const bool more = schedule_.kind == ScheduleKind::kStatic || taken_ == 1;
-      return more && item < total_ ? item : -1;
+      const int item = next_;
+      next_ = schedule_.kind == ScheduleKind::kStatic ? next_ + ctas : total;
+      return item < total ? item : -1;
     }
-    if (own_left_) {
-      const int item = own + take(own) * ctas;
-      if (item < total_) return item;
-      own_left_ = false;
+    if (next_ < total) {
+      next_ = own + take(own) * ctas;
+      if (next_ < total) return next_;
     }
     while (true) {
       int most = 0, victim = -1;
 #pragma unroll 1
-      for (int queue = lane_; queue < ctas; queue += 32) {
+      for (int queue = lane(); queue < ctas; queue += 32) {
         const int taken = *reinterpret_cast<volatile const std::int32_t*>(schedule_.taken + queue);
-        const int left = (total_ - queue + ctas - 1) / ctas - taken;
+        const int left = (total - queue + ctas - 1) / ctas - taken;
         if (left > most) {
           most = left;
           victim = queue;
@@ -55,7 +50,7 @@ class ItemQueue {
       }
       if (victim < 0) return -1;
       const int item = victim + take(victim) * ctas;
-      if (item < total_) return item;
+      if (item < total) return item;
     }
   }
 
@@ -64,13 +59,13 @@ class ItemQueue {
     if (schedule_.kind != ScheduleKind::kStealing) return;
     const int ctas = static_cast<int>(gridDim.x);
     int before = 0;
-    if (lane_ == 0) {
+    if (lane() == 0) {
       __threadfence();
       before = atomicAdd(schedule_.done, 1);
     }
     if (__shfl_sync(kFullWarp, before, 0) != ctas - 1) return;
-    for (int queue = lane_; queue < ctas; queue += 32) schedule_.taken[queue] = 0;
-    if (lane_ == 0) *schedule_.done = 0;
+    for (int queue = lane(); queue < ctas; queue += 32) schedule_.taken[queue] = 0;
+    if (lane() == 0) *schedule_.done = 0;
   }
 
   // What item `index` is.
@@ -91,10 +86,11 @@ class ItemQueue {
     }
     const int all_heads = schedule_.order != nullptr ? heads : heads * params_.batch;
     const int tiles = (item.q_len + schedule_.queries_per_tile - 1) / schedule_.queries_per_tile;
-    // KV heads that the cache holds; a float quotient is good enough, and cheap.
+    // As many KV heads as the cache holds, a power of two: sections of one size leave no small one for the end, where
+    // it could not feed all CTAs. A float quotient is good enough, and cheap.
     const float kv_heads = __fdividef(schedule_.section_keys, static_cast<float>(max(item.kv_len, 1)));
     const int heads_per_kv_head = params_.group / params_.packed_heads;
-    const int section = min(max(static_cast<int>(kv_heads), 1) * heads_per_kv_head, all_heads);
+    const int section = min((1 << max(ilogb_floor(kv_heads), 0)) * heads_per_kv_head, all_heads);
     const int first_head = index / (section * tiles) * section;
     const int rest = index - first_head * tiles;
     const int width = min(section, all_heads - first_head);
@@ -109,9 +105,14 @@ class ItemQueue {
   }
 
  private:
+  __device__ __forceinline__ static int ilogb_floor(float x) { return (__float_as_int(x) >> 23) - 127; }
+  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ __forceinline__ int count() const {
+    return schedule_.order == nullptr ? schedule_.num_items : __ldg(schedule_.first_item + params_.batch);
+  }
   __device__ __forceinline__ int take(int queue) const {
     int taken = 0;
-    if (lane_ == 0) taken = atomicAdd(schedule_.taken + queue, 1);
+    if (lane() == 0) taken = atomicAdd(schedule_.taken + queue, 1);
     return __shfl_sync(kFullWarp, taken, 0);
   }
   // The request that item `index` belongs to: the last rank with first_item <= index.
@@ -127,9 +128,7 @@ class ItemQueue {
 
   const PrefillParams& params_;
   const PrefillSchedule& schedule_;
-  int lane_, total_;
-  int taken_ = 0;
-  bool own_left_ = true;
+  int next_;  // an own item, or a number beyond the last if none is left
 };
 
 }  // namespace heddle::cuda

@@ -38,42 +38,29 @@ __device__ __forceinline__ void map_scores(float (&s)[N], ScoreMap map, float fa
 template <int N>
 __device__ __forceinline__ void mask_scores(float (&s)[N], const Visibility& visibility, const int (&queries)[2],
                                             int key) {
+  const PatternKind kind = visibility.pattern.kind;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const Span allowed = visibility.allowed(queries[row]);
     const int begin = allowed.begin - key, end = allowed.end - key;
-    if (visibility.pattern.kind == PatternKind::kNone) {
+    if (kind == PatternKind::kNone) {
 #pragma unroll
-      for (int i = 0; i < N; i += 4) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = i * 2 + e;
-          if (column < begin || column >= end) s[i + 2 * row + e] = -INFINITY;
-        }
+      for (int i = 0; i < N / 2; ++i) {
+        const int column = i / 2 * 8 + i % 2;
+        if (column < begin || column >= end) s[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
       }
-    } else if (visibility.pattern.kind == PatternKind::kWindowGlobal) {
-      const Span selected = visibility.selected(queries[row]);
-      const int from = selected.begin - key, to = selected.end - key, global = visibility.pattern.num_global - key;
+      continue;
+    }
+    // Whatever else, a column at a time; rolled up, since the tests are long and the scores in registers.
+    std::uint64_t seen = 0;
+#pragma unroll 1
+    for (int i = 0; i < N / 2; ++i) {
+      const int column = i / 2 * 8 + i % 2;
+      if (column >= begin && column < end && visibility.chosen(queries[row], key + column)) seen |= std::uint64_t{1} << i;
+    }
 #pragma unroll
-      for (int i = 0; i < N; i += 4) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = i * 2 + e;
-          const bool chosen = (column >= from && column < to) || column < global;
-          if (column < begin || column >= end || !chosen) s[i + 2 * row + e] = -INFINITY;
-        }
-      }
-    } else {
-      // One test for each element, which divides: rolled up, since speed is lost here anyway.
-#pragma unroll
-      for (int i = 0; i < N; i += 4) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = i * 2 + e;
-          const bool seen = column >= begin && column < end && visibility.chosen(queries[row], key + column);
-          if (!seen) s[i + 2 * row + e] = -INFINITY;
-        }
-      }
+    for (int i = 0; i < N / 2; ++i) {
+      if ((seen >> i & 1) == 0) s[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
     }
   }
 }
