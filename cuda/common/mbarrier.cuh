@@ -43,15 +43,14 @@ __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Where a ring of stages stands, by how many were used: the stage, and the parity of the phase that it is in.
+// Where a ring of stages stands: the stage, and the parity of the phase that it is in. One register.
 template <int kStages>
 struct RingPosition {
-  std::uint32_t used = 0;
+  int at = 0;  // stages 0 .. kStages - 1 in an even phase, then in an odd one
 
-  static_assert((kStages & (kStages - 1)) == 0, "a power of two: stages go on where the count wraps");
-  __device__ __forceinline__ int stage() const { return static_cast<int>(used % kStages); }
-  __device__ __forceinline__ std::uint32_t parity() const { return used / kStages % 2; }
-  __device__ __forceinline__ void advance() { ++used; }
+  __device__ __forceinline__ int stage() const { return at < kStages ? at : at - kStages; }
+  __device__ __forceinline__ std::uint32_t parity() const { return at < kStages ? 0 : 1; }
+  __device__ __forceinline__ void advance() { at = at + 1 == 2 * kStages ? 0 : at + 1; }
 };
 
 // Named barriers: `threads` is the number of threads that sync or arrive.

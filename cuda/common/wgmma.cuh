@@ -28,7 +28,9 @@ struct Operand {
   static constexpr std::uint32_t kHigh = 1u << 30 | kSwizzleAtomBytes >> 4;  // 128-byte swizzle, stride between atoms
 
   // Moved by so many bytes; address fields count 16 bytes.
-  __device__ __forceinline__ Operand operator+(int bytes) const { return {low + static_cast<std::uint32_t>(bytes >> 4)}; }
+  __device__ __forceinline__ Operand operator+(int bytes) const {
+    return {low + static_cast<std::uint32_t>(bytes >> 4)};
+  }
   __device__ __forceinline__ std::uint64_t descriptor() const {
     std::uint64_t both;
     asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(low), "n"(kHigh));
@@ -109,7 +111,8 @@ __device__ __forceinline__ void rs(const std::uint32_t* a, std::uint64_t b, floa
 // D = A B, or D += A B: both K-major in shared memory; one step of 16 along K.
 template <class T, int N>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], Operand a, Operand b, bool add) {
-  detail::ss<typename detail::Instruction<T, N>::SS>(a.descriptor(), b.descriptor(), d, add ? detail::ScaleOut::One : detail::ScaleOut::Zero,
+  detail::ss<typename detail::Instruction<T, N>::SS>(a.descriptor(), b.descriptor(), d,
+                                                     add ? detail::ScaleOut::One : detail::ScaleOut::Zero,
                                                      std::make_index_sequence<N / 2>{});
 }
 // D += A B: A in registers, B MN-major in shared memory.

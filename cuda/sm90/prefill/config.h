@@ -33,6 +33,9 @@ struct PrefillConfig {
   // Warpgroups take turns at the tensor cores, so that one's softmax runs beside another's products. Long rows have
   // products enough to hide it.
   static constexpr bool kTakeTurns = kWarpgroups > 1 && kDim <= 128;
+  // Scores that are kept until their probabilities are accepted, two tiles of probabilities and the output have to fit.
+  static constexpr bool kSpeculative = (2 * kKeys + kDimV) / 2 + 35 <= kConsumerRegisters;
+  static constexpr int kPolynomialEvery = 0;
 };
 
 }  // namespace heddle::cuda

@@ -29,12 +29,11 @@ void make_prefill_worklist(const PrefillParams& params, cudaStream_t stream) {
 }
 
 template <class Config>
-constexpr PrefillVariant prefill_variant(bool only_full = false) {
+constexpr PrefillVariant prefill_variant() {
   return {.dim = Config::kDim,
           .dim_v = Config::kDimV,
           .rows = Config::kRows,
           .keys = Config::kKeys,
-          .only_full = only_full,
           .launch = launch_prefill<Config>,
           .make_worklist = make_prefill_worklist<Config>};
 }

@@ -236,8 +236,8 @@ class PrefillConsumer {
 
  private:
   __device__ __forceinline__ void multiply(const PrefillItem& item, float (&o)[kDimV / 2], RowState& state) {
-    float s[kKeys / 2], decay[2];
-    std::uint32_t p[kKeys / 4];
+    float s[kKeys / 2];
+    std::uint32_t even[kKeys / 4], odd[kKeys / 4];  // probabilities of every other tile
 
     shared_.q_full.wait(q_parity_);
     q_parity_ ^= 1;
@@ -249,39 +249,52 @@ class PrefillConsumer {
     wgmma_wait<0>();
     pin(s);
     release(shared_.k_empty, k_);
-    to_probabilities(item, note, s, state, decay);
-    to_operand<T>(s, p);
-
-    while (!note.last()) {
-      shared_.k_full[k_.stage()].wait(k_.parity());
-      const TileNote next = read_note();
-      await_turn();
-      pin(o);
-      pin(p);
-      wgmma_fence();
-      issue_scores(s);
-      wgmma_commit();
-      shared_.v_full[v_.stage()].wait(v_.parity());
-      clear_behind(item, note);
-      wgmma_fence();
-      issue_output(o, p);
-      wgmma_commit();
-      pass_turn();
-      wgmma_wait<1>();
-      pin(s);
-      release(shared_.k_empty, k_);
-      to_probabilities(item, next, s, state, decay);
-      pin(s);  // all of it before the wait, not after
-      wgmma_wait<0>();
-      pin(o);
-      pin(p);
-      release(shared_.v_empty, v_);
-      rescale(o, decay);
-      to_operand<T>(s, p);
-      note = next;
+    prepare(item, note, s);
+    state.template start<T>(s, params_.scale_log2, even);
+    while (true) {
+      if (note.last()) return multiply_last(item, note, o, even);
+      note = step(item, note, s, even, odd, o, state);
+      if (note.last()) return multiply_last(item, note, o, odd);
+      note = step(item, note, s, odd, even, o, state);
     }
-    if (thread_ % 32 == 0) shared_.q_empty.arrive();
+  }
 
+  // The scores of the next tile, and the output of the one that `note` names.
+  __device__ __forceinline__ TileNote step(const PrefillItem& item, TileNote note, float (&s)[kKeys / 2],
+                                           std::uint32_t (&p)[kKeys / 4], std::uint32_t (&p_next)[kKeys / 4],
+                                           float (&o)[kDimV / 2], RowState& state) {
+    float decay[2];
+    shared_.k_full[k_.stage()].wait(k_.parity());
+    const TileNote next = read_note();
+    await_turn();
+    pin(o);
+    pin(p);
+    wgmma_fence();
+    issue_scores(s);
+    wgmma_commit();
+    shared_.v_full[v_.stage()].wait(v_.parity());
+    clear_behind(item, note);
+    wgmma_fence();
+    issue_output(o, p);
+    wgmma_commit();
+    pass_turn();
+    wgmma_wait<1>();
+    pin(s);
+    release(shared_.k_empty, k_);
+    prepare(item, next, s);
+    const bool moved =
+        state.template update<T, Config::kSpeculative, Config::kPolynomialEvery>(s, params_.scale_log2, p_next, decay);
+    pin(p_next);  // all of this before the wait, not after
+    wgmma_wait<0>();
+    pin(o);
+    pin(p);
+    release(shared_.v_empty, v_);
+    if (moved) rescale(o, decay);
+    return next;
+  }
+  __device__ __forceinline__ void multiply_last(const PrefillItem& item, TileNote note, float (&o)[kDimV / 2],
+                                                std::uint32_t (&p)[kKeys / 4]) {
+    if (thread_ % 32 == 0) shared_.q_empty.arrive();
     shared_.v_full[v_.stage()].wait(v_.parity());
     clear_behind(item, note);
     pin(o);
@@ -304,8 +317,8 @@ class PrefillConsumer {
 #pragma unroll
     for (int step = 0; step < Config::kDim / 16; ++step) {
       const int chunk = step / 4, inside = step % 4 * 32;
-      wgmma_ss<T, kKeys>(s, q_ + (chunk * Config::kQChunkBytes + inside),
-                         k + (chunk * Config::kKvChunkBytes + inside), step > 0);
+      wgmma_ss<T, kKeys>(s, q_ + (chunk * Config::kQChunkBytes + inside), k + (chunk * Config::kKvChunkBytes + inside),
+                         step > 0);
     }
   }
   __device__ __forceinline__ void issue_output(float (&o)[kDimV / 2], const std::uint32_t (&p)[kKeys / 4]) {
@@ -316,16 +329,15 @@ class PrefillConsumer {
     }
   }
 
-  __device__ __forceinline__ void to_probabilities(const PrefillItem& item, TileNote note, float (&s)[kKeys / 2],
-                                                   RowState& state, float (&decay)[2]) {
+  // Softcap and masks.
+  __device__ __forceinline__ void prepare(const PrefillItem& item, TileNote note, float (&s)[kKeys / 2]) {
+    if (!note.special()) return;
     map_scores(s, params_.score_map, params_.map_factor);
-    if (note.masked()) {
-      const int queries[2] = {query_of(item, row()), query_of(item, row() + 8)};
-      Visibility visibility(params_.pattern, item.q_len, item.kv_len);
-      visibility.set_mask(item.request, item.q_head);
-      mask_scores(s, visibility, queries, note.tile() * kKeys + accumulator_column(thread_));
-    }
-    state.update(s, params_.scale_log2, decay);
+    if (!note.masked()) return;
+    const int queries[2] = {query_of(item, row()), query_of(item, row() + 8)};
+    Visibility visibility(params_.pattern, item.q_len, item.kv_len);
+    visibility.set_mask(item.request, item.q_head);
+    mask_scores(s, visibility, queries, note.tile() * kKeys + accumulator_column(thread_));
   }
   __device__ __forceinline__ void rescale(float (&o)[kDimV / 2], const float (&decay)[2]) const {
 #pragma unroll
@@ -356,32 +368,24 @@ class PrefillConsumer {
     for (int half = 0; half < 2; ++half) {
       const int query = query_of(item, row() + 8 * half), head = head_of(item, row() + 8 * half);
       const bool valid = is_row(row() + 8 * half) && query < item.q_len;
-      const float sum = quad_reduce(state.sum[half], [](float a, float b) { return a + b; });
-      float top = state.max[half] * params_.scale_log2, denominator = sum, decay = 1.0f;
+      const auto add = [](float a, float b) { return a + b; };
+      float sum = quad_reduce(state.sum[half], add);
+      float top = state.at[half], decay = 1.0f;
       if (params_.sinks != nullptr && valid) {
         const float sink = __ldg(params_.sinks + head) * kLog2E;
         const float joined = fmaxf(top, sink), at = joined == -INFINITY ? 0.0f : joined;
         decay = exp2_approx(top - at);
-        denominator = sum * decay + exp2_approx(sink - at);
+        sum = sum * decay + exp2_approx(sink - at);
         top = joined;
       }
-      const float factor = denominator == 0.0f ? 0.0f : decay / denominator;
-      float check = 0.0f;
-#pragma unroll
-      for (int i = 2 * half; i < kDimV / 2; i += 4) {
-        o[i] *= factor;
-        o[i + 1] *= factor;
-        check += 0.0f * o[i];
-        check += 0.0f * o[i + 1];
-      }
-      poisoned[half] = valid && check != 0.0f;  // NaN: something was not finite
+      const float factor = sum == 0.0f ? 0.0f : decay / sum;
       if (params_.lse != nullptr && valid && thread_ % 4 == 0) {
-        const float lse = denominator == 0.0f ? -INFINITY : (top + log2f(denominator)) * kLn2;
+        const float lse = sum == 0.0f ? -INFINITY : (top + log2f(sum)) * kLn2;
         params_
             .lse[item.q_page * params_.lse_page + head * params_.lse_head + (item.q_first + query) * params_.lse_slot] =
             lse;
       }
-      store(item, o, half, valid, query, head);
+      poisoned[half] = !store(item, o, factor, half, valid, query, head) && valid;
     }
     // A row that met something not finite may have met it in a key that it does not see: 0 times NaN is NaN. Such rows
     // are rare, and are computed again key by key.
@@ -396,24 +400,31 @@ class PrefillConsumer {
     }
   }
 
-  // Four lanes hold eight columns of a row in turn: they are exchanged so that each lane writes 16 bytes.
-  __device__ __forceinline__ void store(const PrefillItem& item, const float (&o)[kDimV / 2], int half, bool valid,
-                                        int query, int head) const {
+  // Four lanes hold eight columns of a row in turn: they are exchanged so that each lane writes 16 bytes. Whether all
+  // that this lane had is finite.
+  __device__ __forceinline__ bool store(const PrefillItem& item, const float (&o)[kDimV / 2], float factor, int half,
+                                        bool valid, int query, int head) const {
     T* to = static_cast<T*>(params_.out.data) + item.q_page * params_.out.page + head * params_.out.head +
             (item.q_first + query) * params_.out.slot;
     const int lane = thread_ % 4;
+    float check = 0.0f;
 #pragma unroll
     for (int first = 0; first < kDimV / 8; first += 4) {
       std::uint32_t x[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int block = first + j;
-        if (block < kDimV / 8) x[j] = pack<T>(o[4 * block + 2 * half], o[4 * block + 2 * half + 1]);
+        const int at = 4 * (first + j) + 2 * half;
+        if (at >= kDimV / 2) continue;
+        // NaN if one of them is NaN or infinite: a difference from itself, of two at a time.
+        const float both = o[at] + o[at + 1];
+        check += both - both;
+        x[j] = pack<T>(o[at] * factor, o[at + 1] * factor);
       }
       transpose_quad(x, lane);
       const int column = (first + lane) * 8;
       if (valid && column < params_.head_dim_v) *reinterpret_cast<uint4*>(to + column) = uint4{x[0], x[1], x[2], x[3]};
     }
+    return check == 0.0f && factor - factor == 0.0f;
   }
   // x[j] becomes what lane j of the quad had in its x[lane].
   __device__ __forceinline__ static void transpose_quad(std::uint32_t (&x)[4], int lane) {

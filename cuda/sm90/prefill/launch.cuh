@@ -10,7 +10,6 @@ namespace heddle::cuda {
 // What the host has to know of an instantiation to fill its parameters.
 struct PrefillVariant {
   int dim, dim_v, rows, keys;
-  bool only_full;  // pays only where no tile is masked
   void (*launch)(const PrefillParams& params, int grid, cudaStream_t stream);
   void (*make_worklist)(const PrefillParams& params, cudaStream_t stream);
 };

@@ -18,7 +18,7 @@ struct PrefillSchedule {
   float section_keys = 0.0f;  // how many keys of one head the second-level cache holds
   // Packed batches: requests, longest first, and how many items come before each of them; [batch] and [batch + 1].
   const std::int32_t *order = nullptr, *first_item = nullptr;
-  // kStealing: items taken from each CTA's queue; zeros between launches. And how many CTAs are done.
+  // kStealing: how many items are taken, and how many CTAs are done; zeros between launches.
   std::int32_t *taken = nullptr, *done = nullptr;
 };
 

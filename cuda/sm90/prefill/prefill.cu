@@ -34,14 +34,8 @@ DeviceFacts facts_of(int device) {
 }
 
 const PrefillVariant& choose(const AttentionArgs& args) {
-  // Masked tiles are computed whole, so shorter ones pay where there are many.
-  const Pattern& p = args.pattern;
-  const bool ragged_edge =
-      p.causal || p.left != kUnbounded || p.right != kUnbounded || p.kind != PatternKind::kNone || args.page_size > 0;
   for (const PrefillVariant* variant : prefill_variants(args.dtype)) {
-    if (variant->dim < args.head_dim || variant->dim_v < args.head_dim_v) continue;
-    if (variant->only_full && ragged_edge) continue;
-    return *variant;
+    if (variant->dim >= args.head_dim && variant->dim_v >= args.head_dim_v) return *variant;
   }
   refuse(ErrorCode::kUnsupported, "q",
          "head dimensions " + std::to_string(args.head_dim) + " of q and k and " + std::to_string(args.head_dim_v) +
@@ -164,9 +158,13 @@ void launch_attention(const AttentionArgs& args) {
   PrefillSchedule& schedule = params.schedule;
   schedule.kind = args.schedule == ScheduleKind::kAuto ? ScheduleKind::kStealing : args.schedule;
   schedule.queries_per_tile = variant.rows / params.packed_heads;
-  // The queries and the output pass through the cache too.
+  // Row tiles that see differently many keys have to be mixed with those of other heads; where all see the same, one
+  // head after the other has the keys of least heads in flight. The cache holds more than this, but keeps it badly.
+  const Pattern& pattern = args.pattern;
+  const bool uneven = pattern.causal || pattern.right != kUnbounded || pattern.kind != PatternKind::kNone || packed;
   schedule.section_keys =
-      static_cast<float>(facts.l2_bytes) * 0.65f / static_cast<float>((args.head_dim + args.head_dim_v) * 2);
+      uneven ? static_cast<float>(facts.l2_bytes) * 0.33f / static_cast<float>((args.head_dim + args.head_dim_v) * 2)
+             : 0.0f;
   const std::int64_t heads = args.num_q_heads / params.packed_heads;
   const std::int64_t row_tiles = ceil_div(args.q_len, schedule.queries_per_tile);
   const std::int64_t most_items = (packed ? row_tiles + args.batch : row_tiles * args.batch) * heads;

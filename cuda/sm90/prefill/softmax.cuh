@@ -15,6 +15,15 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 2^x without the special function unit, whose rate limits the softmax of narrow heads: 2^(whole part) by the
+// exponent's bits, 2^(rest in [-1/2, 1/2]) by a polynomial with a relative error of 2.9e-6. -inf gives 0.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  constexpr float kShift = 12582912.0f;  // 1.5 x 2^23: whole numbers in the low bits
+  x = fmaxf(x, -127.0f);
+  const float whole = x + kShift, f = x - (whole - kShift);
+  const float p = fmaf(fmaf(fmaf(fmaf(0.00958285f, f, 0.05590642f), f, 0.24024099f), f, 0.69312419f), f, 1.0f);
+  return __int_as_float(__float_as_int(p) + (__float_as_int(whole) << 23));
+}
 // 1 - 2 / (1 + e^2x): right at both ends, and exact enough for scores (tanh.approx has 11 bits).
 __device__ __forceinline__ float tanh_from_exp2(float x) {
   return 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(2.0f * kLog2E * x));
@@ -56,7 +65,8 @@ __device__ __forceinline__ void mask_scores(float (&s)[N], const Visibility& vis
 #pragma unroll 1
     for (int i = 0; i < N / 2; ++i) {
       const int column = i / 2 * 8 + i % 2;
-      if (column >= begin && column < end && visibility.chosen(queries[row], key + column)) seen |= std::uint64_t{1} << i;
+      if (column >= begin && column < end && visibility.chosen(queries[row], key + column))
+        seen |= std::uint64_t{1} << i;
     }
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
@@ -64,39 +74,6 @@ __device__ __forceinline__ void mask_scores(float (&s)[N], const Visibility& vis
     }
   }
 }
-
-// The state of the thread's two rows. `sum` is the thread's own share until the end.
-struct RowState {
-  float max[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0.0f, 0.0f};
-
-  // With nothing seen, exp2(x - reference) is 0 for x = -inf, not NaN.
-  __device__ __forceinline__ float reference(int row) const { return max[row] == -INFINITY ? 0.0f : max[row]; }
-
-  // Turns scores into probabilities relative to the new maxima; what was summed before has to be multiplied by `decay`.
-  template <int N>
-  __device__ __forceinline__ void update(float (&s)[N], float scale_log2, float (&decay)[2]) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float most = max[row];
-#pragma unroll
-      for (int i = 2 * row; i < N; i += 4) most = fmaxf(most, fmaxf(s[i], s[i + 1]));
-      most = quad_reduce(most, [](float a, float b) { return fmaxf(a, b); });
-      const float before = max[row];
-      max[row] = most;
-      const float at = reference(row) * scale_log2;
-      decay[row] = exp2_approx(before * scale_log2 - at);
-      float sum_here = 0.0f;
-#pragma unroll
-      for (int i = 2 * row; i < N; i += 4) {
-        s[i] = exp2_approx(s[i] * scale_log2 - at);
-        s[i + 1] = exp2_approx(s[i + 1] * scale_log2 - at);
-        sum_here += s[i] + s[i + 1];
-      }
-      sum[row] = sum[row] * decay[row] + sum_here;
-    }
-  }
-};
 
 template <class T>
 __device__ __forceinline__ std::uint32_t pack(float low, float high);
@@ -111,11 +88,102 @@ __device__ __forceinline__ std::uint32_t pack<__half>(float low, float high) {
   return *reinterpret_cast<const std::uint32_t*>(&both);
 }
 
-// Probabilities as the A operand of the product with V: four words for every 16 keys.
-template <class T, int N>
-__device__ __forceinline__ void to_operand(const float (&p)[N], std::uint32_t (&a)[N / 2]) {
+// The running softmax of the thread's two rows, in binary exponents: a probability is 2^(scale_log2 s - at). `at` is
+// the largest exponent seen when it was last set, and later ones may exceed it somewhat; `sum` is the thread's own
+// share.
+struct RowState {
+  float at[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.0f, 0.0f};
+
+  // Probabilities of one tile as the A operand of the product with V, four words for every 16 keys. True: `at` had to
+  // be moved, and what was summed before has to be multiplied by `decay`.
+  //
+  // `at` stays while no exponent exceeds it by 1 or more: a reference somewhat below the largest exponent is as good,
+  // but one that is far below it would have the probability that dominates a row rounded, where 1 is exact.
+  // kSpeculative: no maximum is taken. Probabilities are computed right away, and one of 2 and above shows in its bits.
+  // That saves a third of the instructions and the wait for a maximum, but the scores have to be kept until it is clear
+  // that they need not be taken again.
+  template <class T, bool kSpeculative, int kPolynomialEvery, int N>
+  __device__ __forceinline__ bool update(const float (&s)[N], float scale_log2, std::uint32_t (&p)[N / 2],
+                                         float (&decay)[2]) {
+    float here[2];
+    bool moves;
+    if constexpr (kSpeculative) {
+      exponentials<T, kPolynomialEvery>(s, scale_log2, at, p, here);
+      // The upper bit of the exponent, in bfloat16 as in float16: 2 and above, infinity and NaN.
+      constexpr std::uint32_t kLarge = 0x40004000u;
+      std::uint32_t all = 0;
 #pragma unroll
-  for (int i = 0; i < N; i += 2) a[i / 2] = pack<T>(p[i], p[i + 1]);
-}
+      for (int i = 0; i < N / 2; ++i) all |= p[i];
+      moves = __any_sync(0xffffffffu, (all & kLarge) != 0);
+      if (moves) {
+        move(s, scale_log2, decay);
+        exponentials<T, 0>(s, scale_log2, at_or_zero(), p, here);
+      }
+    } else {
+      constexpr float kSlack = 1.0f;
+      const bool exceeds = most<0>(s) * scale_log2 - at[0] > kSlack || most<1>(s) * scale_log2 - at[1] > kSlack;
+      moves = __any_sync(0xffffffffu, exceeds);
+      if (moves) move(s, scale_log2, decay);
+      exponentials<T, kPolynomialEvery>(s, scale_log2, at_or_zero(), p, here);
+    }
+    sum[0] += here[0];
+    sum[1] += here[1];
+    return moves;
+  }
+  // The same for the first tile.
+  template <class T, int N>
+  __device__ __forceinline__ void start(const float (&s)[N], float scale_log2, std::uint32_t (&p)[N / 2]) {
+    float decay[2];
+    move(s, scale_log2, decay);
+    exponentials<T, 0>(s, scale_log2, at_or_zero(), p, sum);
+  }
+
+ private:
+  struct Pair {
+    float x[2];
+    __device__ __forceinline__ float operator[](int row) const { return x[row]; }
+  };
+  // With nothing seen, 2^(-inf - 0) is 0, not NaN.
+  __device__ __forceinline__ Pair at_or_zero() const {
+    return {{at[0] == -INFINITY ? 0.0f : at[0], at[1] == -INFINITY ? 0.0f : at[1]}};
+  }
+  template <int kRow, int N>
+  __device__ __forceinline__ static float most(const float (&s)[N]) {
+    float most[2] = {fmaxf(s[2 * kRow], s[2 * kRow + 1]), fmaxf(s[4 + 2 * kRow], s[5 + 2 * kRow])};
+#pragma unroll
+    for (int i = 8 + 2 * kRow; i < N; i += 4) most[i / 4 % 2] = fmaxf(most[i / 4 % 2], fmaxf(s[i], s[i + 1]));
+    return fmaxf(most[0], most[1]);
+  }
+  // Moves `at` to the largest exponent of the row.
+  template <int N>
+  __device__ __forceinline__ void move(const float (&s)[N], float scale_log2, float (&decay)[2]) {
+    const float largest[2] = {most<0>(s), most<1>(s)};
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float now =
+          fmaxf(quad_reduce(largest[row], [](float a, float b) { return fmaxf(a, b); }) * scale_log2, at[row]);
+      decay[row] = now == -INFINITY ? 1.0f : exp2_approx(at[row] - now);
+      sum[row] *= decay[row];
+      at[row] = now;
+    }
+  }
+  template <class T, int kPolynomialEvery, int N, class Reference>
+  __device__ __forceinline__ static void exponentials(const float (&s)[N], float scale_log2, const Reference& reference,
+                                                      std::uint32_t (&p)[N / 2], float (&total)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      total[row] = 0.0f;
+#pragma unroll
+      for (int i = 2 * row; i < N; i += 4) {
+        const float low = exp2_approx(s[i] * scale_log2 - reference[row]), x = s[i + 1] * scale_log2 - reference[row];
+        const bool polynomial = kPolynomialEvery > 0 && i / 4 % (kPolynomialEvery + (kPolynomialEvery == 0)) == 0;
+        const float high = polynomial ? exp2_polynomial(x) : exp2_approx(x);
+        p[i / 2] = pack<T>(low, high);
+        total[row] += low + high;
+      }
+    }
+  }
+};
 
 }  // namespace heddle::cuda

@@ -12,16 +12,19 @@ namespace heddle::cuda {
 struct TileNote {
   int value;
 
-  static constexpr int kLast = 1, kMasked = 2, kShift = 2;
+  // kMapped: its scores go through a ScoreMap.
+  static constexpr int kLast = 1, kMasked = 2, kMapped = 4, kShift = 3;
   __device__ __forceinline__ int tile() const { return value >> kShift; }
   __device__ __forceinline__ bool last() const { return (value & kLast) != 0; }
   __device__ __forceinline__ bool masked() const { return (value & kMasked) != 0; }
+  __device__ __forceinline__ bool special() const { return (value & (kMasked | kMapped)) != 0; }
 };
 
 template <int kKeys>
 class TileWalk {
  public:
   __device__ __forceinline__ TileWalk(const PrefillParams& params, const PrefillItem& item) {
+    flags_ = params.score_map == ScoreMap::kNone ? 0 : TileNote::kMapped;
     const int queries = params.schedule.queries_per_tile;
     const Visibility visibility(params.pattern, item.q_len, item.kv_len);
     const int last_query = min(item.first_query + queries, item.q_len) - 1;
@@ -40,7 +43,11 @@ class TileWalk {
       const int num_global = params.pattern.num_global;
       set(max(hull.begin, s0.begin), min(hull.end, s1.end), next_, stop_);
       set(hull.begin, min(hull.end, num_global), more_next_, more_stop_);
-      if (next_ > stop_) more_next_ = min(more_next_, stop_);
+      if (next_ > stop_ && more_next_ >= stop_) {  // they meet: one interval
+        next_ = max(next_, more_next_);
+        stop_ = min(stop_, more_stop_);
+        more_next_ = more_stop_;
+      }
       unmasked_global_ = min(unmasked_.end, num_global);
       unmasked_ = {max(unmasked_.begin, s1.begin), min(unmasked_.end, s0.end)};
       // Global keys are unmasked where the window argument leaves them to every row.
@@ -59,7 +66,7 @@ class TileWalk {
                               : (begin >= unmasked_.begin && end <= unmasked_.end) || end <= unmasked_global_;
     const int tile = upcoming_;
     step();
-    return {tile << TileNote::kShift | (unmasked ? 0 : TileNote::kMasked) | (done() ? TileNote::kLast : 0)};
+    return {tile << TileNote::kShift | flags_ | (unmasked ? 0 : TileNote::kMasked) | (done() ? TileNote::kLast : 0)};
   }
 
  private:
@@ -101,6 +108,7 @@ class TileWalk {
   int unmasked_global_ = 0;                                  // those below this
   const uint2* bits_ = nullptr;
   int upcoming_ = -1, masked_ = 0;
+  int flags_;  // of every note
 };
 
 // Makes the bits: a warp for 32 KV tiles of a row tile. Grid: words x row tiles / warps, heads, requests.

@@ -2,10 +2,6 @@
 
 namespace heddle::cuda {
 
-extern const PrefillVariant kPrefillFp16D128Full;
-const PrefillVariant kPrefillFp16D128Full =
-    prefill_variant<PrefillConfig<__half, 128, 128, 2, 160>>(/*only_full=*/true);
-
 extern const PrefillVariant kPrefillFp16D128;
 const PrefillVariant kPrefillFp16D128 = prefill_variant<PrefillConfig<__half, 128, 128, 2, 128>>();
 
