@@ -45,19 +45,21 @@ py::object append(SharedCache& self, py::object k_, py::object v_, py::object bl
   check::rank("block_table", block_table.view, 2);
   const std::array<std::int64_t, 1> shape{block_table.view.shape[0]};
   const Array seq_lens = empty(shape, DType::kInt32, k);
+  const Stream stream = current_stream(k);
   {
     const py::gil_scoped_release release;
     const std::unique_lock lock(self.mutex);
-    self.cache.append(k.view, v.view, block_table.view, start.view, seq_lens.view, cu_seqlens.view);
+    self.cache.append(k.view, v.view, block_table.view, start.view, seq_lens.view, cu_seqlens.view, stream);
   }
   return seq_lens.object;
 }
 
 void calibrate(SharedCache& self, py::object k_, py::object v_, py::object q_) {
   const Array k = array(k_, "k"), v = array(v_, "v"), q = optional_array(q_, "q");
+  const Stream stream = current_stream(k);
   const py::gil_scoped_release release;
   const std::unique_lock lock(self.mutex);
-  self.cache.calibrate(k.view, v.view, q.view);
+  self.cache.calibrate(k.view, v.view, q.view, stream);
 }
 
 py::object decode(py::object q_, py::object cache_, py::object block_table_, py::object seq_lens_, py::object causal,
@@ -112,11 +114,11 @@ py::object decode(py::object q_, py::object cache_, py::object block_table_, py:
   return lse.given() ? py::object(py::make_tuple(out.object, lse.object)) : out.object;
 }
 
-// A view of the storage as a numpy array, or None where the format has no such part.
+// A view of the storage, or None where the format has no such part.
 template <TensorView (KVCache::*Part)() const noexcept>
 py::object storage(const py::object& self) {
   const TensorView view = (self.cast<const SharedCache&>().cache.*Part)();
-  return view.given() ? py::object(numpy_view(view, self)) : py::none();
+  return view.given() ? view_of_memory(view, self) : py::none();
 }
 
 // A number that appends may be changing.
@@ -160,7 +162,11 @@ may share pages. format is one of
     fp8                K and V FP8 E4M3 per tensor, q as given
 
 head_dim_v is the size of a value, head_dim unless given. `partition` must divide page_size. Calls from several threads
-are safe: appends run alone, decodes side by side.)")
+are safe: appends run alone, decodes side by side.
+
+device is "cpu", "cuda" or "cuda:<index>". A cache on a GPU takes tensors of that GPU, tables and lengths included, works on
+the stream that is current, and waits for nothing, except where it calibrates: call calibrate() before a graph is captured.
+Its parts (k, v, ...) are torch tensors where torch has been imported, else objects with __dlpack__.)")
       .def(py::init(&make_cache), py::arg("num_pages"), py::arg("page_size"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::kw_only(), py::arg("head_dim_v") = py::none(), py::arg("format") = "bf16",
            py::arg("device") = "cpu", py::arg("partition") = 1)
@@ -174,17 +180,22 @@ block_table int32 [B, max_pages], start int32 [B]. Returns seq_lens, int32 [B]: 
 of k. The first append calibrates the static scales of a quantized format, unless calibrate() did. A partition of
 "int8-a" that is still open is quantized again when a token raises its maximum.
 
+On a GPU the tables and lengths are not read by the host: tokens that have no page are not written, and NaN in quantized data
+becomes the largest value. heddle.set_validation(True) checks them as on the CPU.
+
 All or nothing: on HeddleValueError (a table that is too small or names pages outside the cache, NaN for a quantized
 format, wrong shapes) and HeddleTypeError (dtypes) the cache is as it was.)")
       .def("calibrate", &calibrate, py::arg("k"), py::arg("v"), py::arg("q") = py::none(), R"(calibrate(k, v, q=None)
 
 Sets the static scales from sample data, max|x| / 127 (448 for fp8): k, v and q float [B, S, H, D] or [total, H, D].
 Values beyond a scale saturate and are counted. HeddleValueError once the cache holds tokens.)")
-      .def_property_readonly("k", &storage<&KVCache::k>,
-                             "The keys, [num_pages, Hkv, page_size, D]: a numpy array that shares the cache's memory.")
+      .def_property_readonly(
+          "k", &storage<&KVCache::k>,
+          "The keys, [num_pages, Hkv, page_size, D]: an array that shares the cache's memory, numpy's on "
+          "the CPU.")
       .def_property_readonly(
           "v", &storage<&KVCache::v>,
-          "The values, [num_pages, Hkv, page_size, Dv]: a numpy array that shares the cache's memory.")
+          "The values, [num_pages, Hkv, page_size, Dv]: an array that shares the cache's memory, numpy's on the CPU.")
       .def_property_readonly("k_scale", &storage<&KVCache::k_scale>,
                              "Scales of K: float32 [num_pages, Hkv, page_size / partition] for int8-a, [1] for the "
                              "other quantized formats, None for the rest. Shares the cache's memory.")
@@ -195,7 +206,10 @@ Values beyond a scale saturate and are counted. HeddleValueError once the cache 
       .def_property_readonly("value_norms", &storage<&KVCache::value_norms>,
                              "The 2-norm of every value before quantization, float32 [num_pages, Hkv, page_size]. "
                              "Shares the cache's memory.")
-      .def_property_readonly("saturated", &current<&KVCache::saturated>, "How many values a static scale has clamped.")
+      .def_property_readonly("saturation", &storage<&KVCache::saturation>,
+                             "The number `saturated` where it lies, int64 [1]. Shares the cache's memory.")
+      .def_property_readonly("saturated", &current<&KVCache::saturated>,
+                             "How many values a static scale has clamped. On a GPU, waits for it.")
       .def_property_readonly("kv_calibrated", &current<&KVCache::kv_calibrated>, "Whether K and V have their scales.")
       .def_property_readonly("q_calibrated", &current<&KVCache::q_calibrated>, "Whether q has its static scale.")
       .def_property_readonly("bytes_per_token", &current<&KVCache::bytes_per_token>,
