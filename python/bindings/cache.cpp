@@ -35,6 +35,37 @@ std::unique_ptr<SharedCache> make_cache(py::object num_pages, py::object page_si
   return std::make_unique<SharedCache>(config);
 }
 
+std::unique_ptr<SharedCache> cache_over(py::object k_, py::object v_, py::object value_norms_, py::object saturation_,
+                                        py::object k_scale_, py::object v_scale_, py::object q_scale_,
+                                        py::object format, py::object partition) {
+  const Array k = output_array(k_, "k"), v = output_array(v_, "v"),
+              value_norms = output_array(value_norms_, "value_norms"),
+              saturation = output_array(saturation_, "saturation"), k_scale = output_array(k_scale_, "k_scale"),
+              v_scale = output_array(v_scale_, "v_scale"), q_scale = output_array(q_scale_, "q_scale");
+  check::rank("k", k.view, 4);
+  check::rank("v", v.view, 4);
+  const CacheConfig config{.num_pages = k.view.shape[0],
+                           .page_size = k.view.shape[2],
+                           .num_kv_heads = k.view.shape[1],
+                           .head_dim = k.view.shape[3],
+                           .head_dim_v = v.view.shape[3],
+                           .format = cache_format_from_string(to_string_view(format, "format")),
+                           .partition = to_int(partition, "partition"),
+                           .device = k.view.device};
+  std::vector<std::shared_ptr<const void>> owners;
+  for (const Array* part : {&k, &v, &value_norms, &saturation, &k_scale, &v_scale, &q_scale}) {
+    owners.push_back(keep_alive(*part));
+  }
+  const CacheStorage storage{.k = k.view,
+                             .v = v.view,
+                             .k_scale = k_scale.view,
+                             .v_scale = v_scale.view,
+                             .q_scale = q_scale.view,
+                             .value_norms = value_norms.view,
+                             .saturation = saturation.view};
+  return std::make_unique<SharedCache>(config, storage, std::move(owners));
+}
+
 py::object append(SharedCache& self, py::object k_, py::object v_, py::object block_table_, py::object start_,
                   py::object cu_seqlens_) {
   const Array k = array(k_, "k"), v = array(v_, "v");
@@ -170,6 +201,17 @@ Its parts (k, v, ...) are torch tensors where torch has been imported, else obje
       .def(py::init(&make_cache), py::arg("num_pages"), py::arg("page_size"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::kw_only(), py::arg("head_dim_v") = py::none(), py::arg("format") = "bf16",
            py::arg("device") = "cpu", py::arg("partition") = 1)
+      .def_static(
+          "over", &cache_over, py::arg("k"), py::arg("v"), py::arg("value_norms"), py::arg("saturation"), py::kw_only(),
+          py::arg("k_scale") = py::none(), py::arg("v_scale") = py::none(), py::arg("q_scale") = py::none(),
+          py::arg("format") = "bf16", py::arg("partition") = 1,
+          R"(over(k, v, value_norms, saturation, *, k_scale=None, v_scale=None, q_scale=None, format="bf16", partition=1)
+
+A cache over the caller's memory, for engines that allocate by themselves: each part that the format has, as the property of
+the same name describes it, contiguous, writable, and zeroed at first. What the arrays hold is the state of the cache, so
+several objects over the same arrays are one cache; on a GPU its static scales count as calibrated.
+
+HeddleValueError and HeddleTypeError for parts that do not fit.)")
       .def("append", &append, py::arg("k"), py::arg("v"), py::arg("block_table"), py::arg("start"), py::kw_only(),
            py::arg("cu_seqlens") = py::none(), R"(append(k, v, block_table, start, *, cu_seqlens=None) -> seq_lens
 

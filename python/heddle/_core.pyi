@@ -58,6 +58,19 @@ class KVCache:
         device: str = "cpu",
         partition: int = 1,
     ) -> None: ...
+    @staticmethod
+    def over(
+        k: Any,
+        v: Any,
+        value_norms: Any,
+        saturation: Any,
+        *,
+        k_scale: Any = None,
+        v_scale: Any = None,
+        q_scale: Any = None,
+        format: str = "bf16",
+        partition: int = 1,
+    ) -> KVCache: ...
     def append(self, k: Any, v: Any, block_table: Any, start: Any, *, cu_seqlens: Any = None) -> Any: ...
     def calibrate(self, k: Any, v: Any, q: Any = None) -> None: ...
     @property
