@@ -117,7 +117,8 @@ def test_append(rng, table, format):
         k, v = (to_torch(normal(rng, 3, n, 2, 64)).bfloat16() for _ in range(2))
         start = host.append(k, v, table, start)
         gpu_start = gpu.append(k.cuda(), v.cuda(), table.cuda(), gpu_start)
-        assert gpu_start.is_cuda and torch.equal(gpu_start.cpu(), start)
+        assert gpu_start.is_cuda
+        assert torch.equal(gpu_start.cpu(), start)
     for name in PARTS:
         expected, got = getattr(host, name), getattr(gpu, name)
         assert (expected is None) == (got is None)
@@ -137,9 +138,9 @@ def test_storage_outlives_the_cache(rng, table):
     expected = keys.clone()
     del gpu
     torch.cuda.synchronize()
-    filler = [heddle.KVCache(12, 16, 2, 64, device="cuda") for _ in range(4)]
-    assert torch.equal(keys, expected) and len(filler) == 4
-    assert keys.data_ptr() != expected.data_ptr()
+    others = [heddle.KVCache(12, 16, 2, 64, device="cuda") for _ in range(4)]
+    assert torch.equal(keys, expected)
+    assert all(other.k.data_ptr() != keys.data_ptr() for other in others)
 
 
 def test_append_and_decode_in_a_graph(rng, table):
@@ -230,7 +231,8 @@ def test_attention(rng, dtype, options):
     q, k, v = (to_torch(normal(rng, 2, s, h, 128)).to(dtype) for s, h in ((300, 8), (333, 2), (333, 2)))
     expected, expected_lse = heddle.attention(q, k, v, return_lse=True, backend="reference", **options)
     out, lse = supported(heddle.attention, q.cuda(), k.cuda(), v.cuda(), return_lse=True, **options)
-    assert heddle.last_kernel().startswith("sm90/attention") and out.is_cuda and out.dtype == dtype
+    assert heddle.last_kernel().startswith("sm90/attention")
+    assert (out.is_cuda, out.dtype) == (True, dtype)
     torch.testing.assert_close(out.cpu(), expected, rtol=2e-2, atol=1e-2)
     torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-4, atol=1e-4)
 
@@ -247,6 +249,7 @@ def test_decode(rng, table, format):
     lengths = torch.tensor([50, 0, 17], dtype=torch.int32)
     expected, expected_lse = heddle.decode(q, host, table, lengths, return_lse=True, backend="reference")
     out, lse = supported(heddle.decode, q.cuda(), gpu, table.cuda(), lengths.cuda(), return_lse=True)
-    assert heddle.last_kernel().startswith("sm90/decode") and seq_lens.tolist() == [50, 50, 50]
+    assert heddle.last_kernel().startswith("sm90/decode")
+    assert seq_lens.tolist() == [50, 50, 50]
     torch.testing.assert_close(out.cpu(), expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-3, atol=1e-3)
