@@ -12,6 +12,7 @@
 
 #include <cuda_fp8.h>
 
+#include "cuda/common/index.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/launch.h"
 #include "cuda/sm90/append/config.h"
@@ -26,12 +27,6 @@ template <int N>
 struct alignas(N) Bytes {
   std::uint8_t elements[N];
 };
-
-// a / b of numbers that are not negative: 64-bit division takes as long as the loads of a short row.
-__device__ __forceinline__ std::int64_t quotient(std::int64_t a, std::int64_t b) {
-  if (((a | b) >> 32) == 0) return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
-  return a / b;
-}
 
 // Where a token lies: request b, its i-th new one, at position `position` of the request; `count` are new in all.
 struct TokenPlace {
