@@ -39,7 +39,7 @@ class DeviceArena {
   explicit DeviceArena(std::size_t bytes) : bytes_(bytes) {
     cuda_ok(cudaMalloc(&base_, bytes), "cudaMalloc");
     cuda_ok(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
-    clear();
+    cuda_ok(cudaMemsetAsync(base_, 0xff, bytes_, stream_), "cudaMemset");
   }
   ~DeviceArena() {
     cudaStreamDestroy(stream_);
@@ -54,7 +54,7 @@ class DeviceArena {
 
   // Forgets the copies.
   void clear() {
-    cuda_ok(cudaMemsetAsync(base_, 0xff, bytes_, stream_), "cudaMemset");
+    cuda_ok(cudaMemsetAsync(base_, 0xff, used_, stream_), "cudaMemset");
     used_ = 0;
   }
   std::byte* put(const void* from, std::size_t bytes) {

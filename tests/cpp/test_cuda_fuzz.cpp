@@ -26,7 +26,7 @@ namespace heddle::testing {
 namespace {
 
 constexpr Backend kBackend = Backend::kSm90;
-constexpr std::size_t kArenaBytes = std::size_t{192} << 20;
+constexpr std::size_t kArenaBytes = std::size_t{512} << 20;
 
 bool offered(Op op) {
   try {
