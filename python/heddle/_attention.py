@@ -71,7 +71,11 @@ def attention(
         out [B, Sq, Hq, Dv] (packed: [total_q, Hq, Dv]), an array of the kind and on the device of q, of q's dtype
         (float32 if q is a QuantizedTensor); with return_lse the pair of it and lse, float32 [B, Hq, Sq] (packed:
         [Hq, total_q]): the natural logarithm of each row's denominator. A row that sees no key gives 0 and lse -inf
-        (its sink, with sinks).
+        (its sink, with sinks). Rows of a packed batch that cu_seqlens does not reach are 0 (lse -inf) on the CPU, and
+        not written on a GPU.
+
+    CUDA tensors: the call is queued on the current stream and waits for nothing. cu_seqlens and token lists lie on the
+    same GPU and are not checked, unless heddle.set_validation(True).
 
     Raises:
         HeddleValueError: shapes, strides, devices or numbers that do not fit; .argument names which.
@@ -154,6 +158,9 @@ def decode(
     Returns:
         out [B, Sq, Hq, Dv] of q's dtype, kind and device; with return_lse also lse, float32 [B, Hq, Sq]. A request of
         length 0 gives 0 and lse -inf.
+
+    With a cache on a GPU, q, block_table and seq_lens lie there too; the call is queued on the current stream, and
+    tables and lengths are not checked, unless heddle.set_validation(True).
 
     Raises:
         HeddleValueError: shapes or numbers that do not fit, lengths beyond the table (code "capacity"), page ids
