@@ -100,6 +100,15 @@ class DeviceArena {
     view.device = device();
     return view;
   }
+  // Writes host memory over the copy `view` of a tensor.
+  void set(const std::byte* from, const TensorView& view, const Tensor& x) const {
+    auto* to = view.as<std::byte>() - (x.view.as<std::byte>() - x.memory.data());
+    if (on_cpu()) {
+      std::memcpy(to, from, x.memory.size());
+    } else {
+      cuda_ok(cudaMemcpyAsync(to, from, x.memory.size(), cudaMemcpyHostToDevice, stream_), "upload");
+    }
+  }
   void get(void* to, const void* from, std::size_t bytes) const {
     if (on_cpu()) {
       std::memcpy(to, from, bytes);

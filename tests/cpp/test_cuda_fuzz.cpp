@@ -257,15 +257,217 @@ void fuzz(const Target& target, const Options& options) {
   }
 }
 
+// A case placed once, to be called many times.
+class PlacedCase {
+ public:
+  PlacedCase(const Target& target, const Case& c, DeviceArena& arena)
+      : target_(target), sample_(c), arena_(arena), output_(sample_, c.q, DType::kFloat32) {
+    arena.clear();
+    const auto place = [&](const Tensor& x) { return arena.put(x); };
+    out_ = arena.put(output_.out);
+    if (c.lse) lse_ = arena.put(output_.lse);
+    if (c.op == Op::kAttention) {
+      attention_ = sample_.attention(place);
+    } else {
+      cache_.emplace(device_copy(sample_.cache(), arena));
+      decode_ = sample_.decode(place, &*cache_);
+    }
+  }
+  const Sample& sample() const { return sample_; }
+  DecodeParams decode_params() const { return finished(decode_); }
+
+  void enqueue(ScheduleKind schedule) const {
+    const bool is_decode = sample_.spec().op == Op::kDecode;
+    if (is_decode) {
+      DecodeParams p = finished(decode_);
+      p.schedule.kind = schedule;
+      decode(p);
+    } else {
+      AttentionParams p = finished(attention_);
+      p.schedule.kind = schedule;
+      attention(p);
+    }
+  }
+  // Runs, and returns whether the backend can.
+  bool works() const {
+    try {
+      enqueue(ScheduleKind::kAuto);
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kUnsupported) throw;
+      return false;
+    }
+    arena_.wait();
+    return true;
+  }
+  // What lies where the call writes, after it was cleared or as it is.
+  void clear() const {
+    arena_.set(output_.out.memory.data(), out_, output_.out);
+    if (lse_.given()) arena_.set(output_.lse.memory.data(), lse_, output_.lse);
+  }
+  std::vector<std::byte> bits() const {
+    Tensor out = output_.out, lse = output_.lse;
+    out.view.data = out.memory.data() + (output_.out.view.as<std::byte>() - output_.out.memory.data());
+    arena_.get(out, out_);
+    if (!lse_.given()) return out.memory;
+    lse.view.data = lse.memory.data() + (output_.lse.view.as<std::byte>() - output_.lse.memory.data());
+    arena_.get(lse, lse_);
+    out.memory.insert(out.memory.end(), lse.memory.begin(), lse.memory.end());
+    return out.memory;
+  }
+
+ private:
+  template <class Params>
+  Params finished(Params p) const {
+    p.out = out_;
+    p.lse = lse_;
+    p.backend = target_.backend;
+    p.stream = arena_.stream();
+    return p;
+  }
+  Target target_;
+  Sample sample_;
+  DeviceArena& arena_;
+  Output output_;
+  TensorView out_, lse_;
+  AttentionParams attention_;
+  DecodeParams decode_;
+  std::optional<KVCache> cache_;
+};
+
+// Calls fn with `count` placed cases of an operation that the backend runs and `wanted` accepts.
+template <class Wanted, class Fn>
+void for_cases(const Target& target, Op op, int count, DeviceArena& arena, Wanted&& wanted, Fn&& fn) {
+  if (!offered(target, op)) return;
+  int found = 0;
+  for (std::uint64_t seed = 1; found < count && seed < 20'000; ++seed) {
+    const Case c = gpu_case(seed);
+    if (c.op != op || c.batch == 0 || c.q_len == 0 || c.q == DType::kInt8 || !wanted(c)) continue;
+    PlacedCase placed(target, c, arena);
+    if (!placed.works()) continue;
+    ++found;
+    SCOPED_TRACE("HEDDLE_CASE=\"" + to_string(c) + "\"");
+    fn(placed);
+    if (::testing::Test::HasFailure()) return;
+  }
+  EXPECT_EQ(found, count) << "too few cases that the backend runs";
+}
+
+bool is_long(const Case& c) { return c.kv_len >= 500; }
+
+void repeats_have_the_same_bits(const Target& target, int cases, std::uint64_t repeats) {
+  DeviceArena arena(kArenaBytes, target.device);
+  for (const Op op : {Op::kAttention, Op::kDecode}) {
+    for_cases(target, op, cases, arena, is_long, [&](const PlacedCase& placed) {
+      placed.clear();
+      placed.enqueue(ScheduleKind::kStealing);
+      const std::vector<std::byte> expected = placed.bits();
+      for (std::uint64_t n = 0; n < repeats; ++n) {
+        placed.clear();
+        placed.enqueue(ScheduleKind::kStealing);
+        ASSERT_TRUE(placed.bits() == expected) << "repeat " << n;
+      }
+    });
+  }
+}
+
+// With a fixed split size a request of a decode has the bits that it has alone.
+void requests_do_not_depend_on_their_batch(const Target& target, int cases) {
+  DeviceArena arena(kArenaBytes, target.device);
+  const auto wanted = [](const Case& c) {
+    return c.batch > 1 && c.split_size > 0 && c.kv_len >= 200 &&
+           (c.pattern == Pattern::kNone || c.pattern == Pattern::kWindow);
+  };
+  for_cases(target, Op::kDecode, cases, arena, wanted, [&](const PlacedCase& placed) {
+    placed.clear();
+    placed.enqueue(ScheduleKind::kAuto);
+    const std::vector<std::byte> together = placed.bits();
+    placed.clear();
+    for (std::int64_t b = 0; b < placed.sample().spec().batch; ++b) {
+      DecodeParams p = placed.decode_params();
+      for (TensorView* x : {&p.q, &p.block_table, &p.seq_lens, &p.out, &p.lse}) {
+        if (!x->given()) continue;
+        x->data = x->as<std::byte>() + b * x->strides[0] * static_cast<std::int64_t>(size_of(x->dtype));
+        x->shape[0] = 1;
+      }
+      decode(p);
+    }
+    EXPECT_TRUE(placed.bits() == together);
+  });
+}
+
 TEST(CudaFuzz, RandomConfigurations) {
   NEEDS_HOPPER();
   fuzz(kGpu, {});
+}
+
+TEST(CudaFuzz, RepeatsHaveTheSameBits) {
+  NEEDS_HOPPER();
+  repeats_have_the_same_bits(kGpu, 5, environment("HEDDLE_REPEATS", 1000));
+}
+
+TEST(CudaFuzz, RequestsDoNotDependOnTheirBatch) {
+  NEEDS_HOPPER();
+  requests_do_not_depend_on_their_batch(kGpu, 40);
+}
+
+// One capture, many replays; the lengths of a decode change between them.
+TEST(CudaFuzz, GraphsReplay) {
+  NEEDS_HOPPER();
+  DeviceArena arena(kArenaBytes);
+  const std::uint64_t replays = environment("HEDDLE_REPEATS", 1000) * 10;
+  const auto stream = static_cast<cudaStream_t>(arena.stream().handle);
+  for (const Op op : {Op::kAttention, Op::kDecode}) {
+    const auto wanted = [](const Case& c) { return is_long(c) && c.batch > 1 && c.pattern == Pattern::kNone; };
+    for_cases(kGpu, op, 1, arena, wanted, [&](const PlacedCase& placed) {
+      // Two sets of lengths, of which the second is shorter, and their bits.
+      std::vector<std::vector<std::int32_t>> lengths(2);
+      std::vector<std::vector<std::byte>> expected;
+      for (const Lengths& request : placed.sample().requests()) {
+        lengths[0].push_back(static_cast<std::int32_t>(request.kv_len));
+        lengths[1].push_back(static_cast<std::int32_t>(request.kv_len / 3));
+      }
+      const auto set_lengths = [&](std::uint64_t n) {
+        if (op == Op::kAttention) return;
+        const std::vector<std::int32_t>& set = lengths[n % 2];
+        cuda_ok(cudaMemcpyAsync(placed.decode_params().seq_lens.data, set.data(), set.size() * 4,
+                                cudaMemcpyHostToDevice, stream),
+                "lengths");
+      };
+      for (const std::uint64_t n : {0, 1}) {
+        set_lengths(n);
+        placed.clear();
+        placed.enqueue(ScheduleKind::kAuto);
+        expected.push_back(placed.bits());
+      }
+      cudaGraph_t graph = nullptr;
+      cudaGraphExec_t replay = nullptr;
+      cuda_ok(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+      placed.enqueue(ScheduleKind::kAuto);
+      cuda_ok(cudaStreamEndCapture(stream, &graph), "capture");
+      cuda_ok(cudaGraphInstantiate(&replay, graph, 0), "instantiate");
+      for (std::uint64_t n = 0; n < replays; ++n) {
+        set_lengths(n);
+        if (n % 16 == 0) placed.clear();
+        cuda_ok(cudaGraphLaunch(replay, stream), "launch");
+        ASSERT_TRUE(placed.bits() == expected[n % 2]) << "replay " << n;
+      }
+      cudaGraphExecDestroy(replay);
+      cudaGraphDestroy(graph);
+    });
+  }
 }
 
 // The test itself, with the host's backend in place of the GPU's: it accepts what is right ...
 TEST(FuzzHarness, AcceptsTheHost) {
   if (std::getenv("HEDDLE_CASE") != nullptr) GTEST_SKIP() << "replaying a case";
   fuzz(kCpu, {.cases = 150, .seed = 2, .threads = 2, .arena_bytes = std::size_t{96} << 20});
+}
+
+TEST(FuzzHarness, AcceptsTheHostsRepeats) {
+  set_num_threads(2);
+  repeats_have_the_same_bits(kCpu, 2, 3);
+  requests_do_not_depend_on_their_batch(kCpu, 10);
+  set_num_threads(0);
 }
 
 // ... and notices an output that is wrong, and one that was written to where it should not be.
