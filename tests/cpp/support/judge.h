@@ -38,7 +38,7 @@ class Judge {
   const Sample& sample_;
   DType probability_, out_dtype_;
   bool oracle_wrote_beside_ = false;
-  std::vector<Values> oracle_;
+  std::vector<Values> oracle_, expected_;
   std::vector<std::vector<double>> size_;  // of each request: what errors of rounded probabilities scale with
   double out_error_ = 0.0, lse_error_ = 0.0;
 };
