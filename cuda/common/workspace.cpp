@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/common/check.h"
+#include "cuda/launch.h"
 
 namespace heddle::cuda {
 namespace {
@@ -63,30 +64,6 @@ Workspace& workspace_of(int device, void* stream) {
   return *workspace;
 }
 
-// Allocates and clears beside a capture that is under way, as no part of it.
-class BesideCapture {
- public:
-  BesideCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "workspace"); }
-  ~BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  BesideCapture(const BesideCapture&) = delete;
-  BesideCapture& operator=(const BesideCapture&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
-Block allocate_beside_capture(int device, std::int64_t bytes) {
-  const BesideCapture beside;
-  Block block{.device = device, .bytes = bytes};
-  check(cudaMalloc(&block.memory, static_cast<std::size_t>(bytes)), "workspace");
-  cudaStream_t own = nullptr;
-  check(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking), "workspace");
-  check(cudaMemsetAsync(block.memory, 0, static_cast<std::size_t>(bytes), own), "workspace");
-  check(cudaStreamSynchronize(own), "workspace");
-  check(cudaStreamDestroy(own), "workspace");
-  return block;
-}
-
 // The graph keeps the block; the pool has it back when the graph is gone.
 void retain(cudaGraph_t graph, const Block& block) {
   cudaUserObject_t object = nullptr;
@@ -121,7 +98,7 @@ void with_workspace(int device, void* stream, std::int64_t bytes, const std::fun
   if (status == cudaStreamCaptureStatusActive) {
     if (workspace.capture != capture || workspace.of_capture.bytes < bytes) {
       Block block = pool().take(device, bytes);
-      if (block.memory == nullptr) block = allocate_beside_capture(device, bytes);
+      if (block.memory == nullptr) block = {device, allocate(bytes, device), bytes};
       retain(graph, block);
       workspace.capture = capture;
       workspace.of_capture = block;

@@ -270,3 +270,25 @@ def test_quality_is_the_hosts(rng, format):
         out = supported(heddle.decode, q.to(device), cache, table.to(device), seq_lens).cpu().float()
         errors.append((torch.linalg.vector_norm(out - exact) / torch.linalg.vector_norm(exact)).item())
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+def test_a_plan_for_the_layers_of_a_step(rng, table):
+    """Made once a step and captured with it, it follows the lengths and gives the bits that decode gives alone."""
+    gpu = caches("bf16")[1]
+    table_gpu = table.cuda()
+    k = to_torch(normal(rng, 3, 60, 2, 64)).bfloat16().cuda()
+    q = to_torch(normal(rng, 3, 1, 8, 64)).bfloat16().cuda()
+    seq_lens = gpu.append(k, k, table_gpu, torch.zeros(3, dtype=torch.int32, device="cuda"))
+    expected = supported(heddle.decode, q, gpu, table_gpu, seq_lens)
+    plan = heddle.plan_decode(q, gpu, table_gpu, seq_lens)
+    for _ in range(3):
+        assert torch.equal(heddle.decode(q, gpu, table_gpu, seq_lens, plan=plan), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        heddle.plan_decode(q, gpu, table_gpu, seq_lens, plan=plan)
+        outs = [heddle.decode(q, gpu, table_gpu, seq_lens, plan=plan) for _ in range(3)]
+    for lengths in ([60, 60, 60], [1, 0, 60], [33, 59, 2]):
+        seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        expected = heddle.decode(q, gpu, table_gpu, seq_lens)
+        assert all(torch.equal(out, expected) for out in outs)
