@@ -4,7 +4,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <utility>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda/common/check.h"
@@ -14,6 +15,7 @@ namespace heddle::cuda {
 namespace {
 
 struct Block {
+  std::string purpose;
   int device = 0;
   void* memory = nullptr;
   std::int64_t bytes = 0;
@@ -23,10 +25,11 @@ struct Block {
 // driver, which give their memory back here.
 class Pool {
  public:
-  Block take(int device, std::int64_t bytes) {
+  Block take(const std::string& purpose, int device, std::int64_t bytes) {
     const std::lock_guard lock(mutex_);
-    const auto fits = std::find_if(blocks_.begin(), blocks_.end(),
-                                   [&](const Block& b) { return b.device == device && b.bytes >= bytes; });
+    const auto fits = std::find_if(blocks_.begin(), blocks_.end(), [&](const Block& b) {
+      return b.purpose == purpose && b.device == device && b.bytes >= bytes;
+    });
     if (fits == blocks_.end()) return {};
     const Block block = *fits;
     blocks_.erase(fits);
@@ -49,18 +52,26 @@ Pool& pool() {
 
 // What a stream works on; while it is being captured, what the graph does.
 struct Workspace {
+  std::string purpose;
+  int device = 0;
+  cudaStream_t stream = nullptr;
   std::mutex mutex;
   Block block;
   unsigned long long capture = 0;
   Block of_capture;
 };
 
-Workspace& workspace_of(int device, void* stream) {
+Workspace& workspace_of(const char* purpose, int device, cudaStream_t stream) {
   static std::mutex mutex;
-  static auto& all = *new std::map<std::pair<int, void*>, std::unique_ptr<Workspace>>();
+  static auto& all = *new std::map<std::tuple<std::string, int, cudaStream_t>, std::unique_ptr<Workspace>>();
   const std::lock_guard lock(mutex);
-  auto& workspace = all[{device, stream}];
-  if (workspace == nullptr) workspace = std::make_unique<Workspace>();
+  auto& workspace = all[{purpose, device, stream}];
+  if (workspace == nullptr) {
+    workspace = std::make_unique<Workspace>();
+    workspace->purpose = purpose;
+    workspace->device = device;
+    workspace->stream = stream;
+  }
   return *workspace;
 }
 
@@ -79,42 +90,56 @@ void retain(cudaGraph_t graph, const Block& block) {
   check(cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove), "workspace");
 }
 
-}  // namespace
-
-void with_workspace(int device, void* stream, std::int64_t bytes, const std::function<void(void*)>& enqueue) {
-  const DeviceScope scope(device);
-  const auto queue = static_cast<cudaStream_t>(stream);
-  Workspace& workspace = workspace_of(device, stream);
-  const std::lock_guard lock(workspace.mutex);
-
+// Its lock is held, and its device is current.
+void* memory_of(Workspace& w, std::int64_t bytes) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long capture = 0;
   cudaGraph_t graph = nullptr;
 #if CUDART_VERSION >= 13000
-  check(cudaStreamGetCaptureInfo(queue, &status, &capture, &graph, nullptr, nullptr, nullptr), "stream");
+  check(cudaStreamGetCaptureInfo(w.stream, &status, &capture, &graph, nullptr, nullptr, nullptr), "stream");
 #else
-  check(cudaStreamGetCaptureInfo_v2(queue, &status, &capture, &graph, nullptr, nullptr), "stream");
+  check(cudaStreamGetCaptureInfo_v2(w.stream, &status, &capture, &graph, nullptr, nullptr), "stream");
 #endif
   if (status == cudaStreamCaptureStatusActive) {
-    if (workspace.capture != capture || workspace.of_capture.bytes < bytes) {
-      Block block = pool().take(device, bytes);
-      if (block.memory == nullptr) block = {device, allocate(bytes, device), bytes};
+    if (w.capture != capture || w.of_capture.bytes < bytes) {
+      Block block = pool().take(w.purpose, w.device, bytes);
+      if (block.memory == nullptr) block = {w.purpose, w.device, allocate(bytes, w.device), bytes};
       retain(graph, block);
-      workspace.capture = capture;
-      workspace.of_capture = block;
+      w.capture = capture;
+      w.of_capture = block;
     }
-    return enqueue(workspace.of_capture.memory);
+    return w.of_capture.memory;
   }
 
-  if (Block& block = workspace.block; block.bytes < bytes) {
+  if (Block& block = w.block; block.bytes < bytes) {
     const std::int64_t grown = std::max(bytes, 2 * block.bytes);
     void* memory = nullptr;
-    check(cudaMallocAsync(&memory, static_cast<std::size_t>(grown), queue), "workspace");
-    check(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(grown), queue), "workspace");
-    if (block.memory != nullptr) check(cudaFreeAsync(block.memory, queue), "workspace");
-    block = {device, memory, grown};
+    check(cudaMallocAsync(&memory, static_cast<std::size_t>(grown), w.stream), "workspace");
+    check(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(grown), w.stream), "workspace");
+    if (block.memory != nullptr) check(cudaFreeAsync(block.memory, w.stream), "workspace");
+    block = {w.purpose, w.device, memory, grown};
   }
-  enqueue(workspace.block.memory);
+  return w.block.memory;
+}
+
+std::int64_t at_least_zeroed(std::int64_t bytes) { return std::max(bytes, static_cast<std::int64_t>(kZeroedBytes)); }
+
+}  // namespace
+
+std::byte* workspace(const char* purpose, cudaStream_t stream, std::size_t bytes) {
+  int device = 0;
+  check(cudaGetDevice(&device), "workspace");
+  Workspace& w = workspace_of(purpose, device, stream);
+  const std::lock_guard lock(w.mutex);
+  return static_cast<std::byte*>(memory_of(w, at_least_zeroed(static_cast<std::int64_t>(bytes))));
+}
+
+void with_workspace(const char* purpose, int device, void* stream, std::int64_t bytes,
+                    const std::function<void(void*)>& enqueue) {
+  const DeviceScope scope(device);
+  Workspace& w = workspace_of(purpose, device, static_cast<cudaStream_t>(stream));
+  const std::lock_guard lock(w.mutex);
+  enqueue(memory_of(w, at_least_zeroed(bytes)));
 }
 
 }  // namespace heddle::cuda

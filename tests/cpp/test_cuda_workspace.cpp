@@ -26,7 +26,7 @@ class Streams : public ::testing::Test {
   // Where a call that needs `bytes` works, and what it finds in the first of them before it writes `mark`.
   void* use(int stream, std::int64_t bytes, unsigned char mark = 0xff) {
     void* at = nullptr;
-    cuda::with_workspace(0, streams_[stream], bytes, [&](void* memory) {
+    cuda::with_workspace("test", 0, streams_[stream], bytes, [&](void* memory) {
       at = memory;
       cuda_ok(cudaMemsetAsync(memory, mark, static_cast<std::size_t>(bytes), streams_[stream]), "memset");
     });
@@ -47,10 +47,12 @@ TEST_F(Streams, KeepTheirMemoryApart) {
   void* first = use(0, 1000);
   EXPECT_EQ(use(0, 500), first);
   EXPECT_NE(use(1, 1000), first);
+  EXPECT_NE(static_cast<void*>(cuda::workspace("another test", streams_[0], 1000)), first);
+  EXPECT_EQ(static_cast<void*>(cuda::workspace("test", streams_[0], 1000)), first);
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(first) % 256, 0u);
   // Grown memory is new, and zero before it is used.
   unsigned char found = 1;
-  cuda::with_workspace(0, streams_[0], 1 << 24, [&](void* memory) {
+  cuda::with_workspace("test", 0, streams_[0], 1 << 24, [&](void* memory) {
     cuda_ok(cudaMemcpyAsync(&found, static_cast<char*>(memory) + (1 << 24) - 1, 1, cudaMemcpyDeviceToHost, streams_[0]),
             "copy");
     cuda_ok(cudaStreamSynchronize(streams_[0]), "wait");
@@ -61,7 +63,7 @@ TEST_F(Streams, KeepTheirMemoryApart) {
 TEST_F(Streams, GraphsOwnTheirMemory) {
   void* eager = use(0, 4096);
   std::vector<void*> a, b;
-  const cudaGraph_t first = capture(0, {4096, 100, 8192, 4096}, a), second = capture(0, {4096}, b);
+  const cudaGraph_t first = capture(0, {40960, 100, 81920, 40960}, a), second = capture(0, {40960}, b);
   EXPECT_EQ(a[0], a[1]);
   EXPECT_NE(a[0], a[2]) << "a larger block";
   EXPECT_EQ(a[2], a[3]);
@@ -73,7 +75,7 @@ TEST_F(Streams, GraphsOwnTheirMemory) {
   cuda_ok(cudaGraphInstantiate(&replay, second, 0), "instantiate");
   cuda_ok(cudaGraphDestroy(second), "destroy");
   std::vector<void*> c;
-  const cudaGraph_t third = capture(1, {4096}, c);
+  const cudaGraph_t third = capture(1, {40960}, c);
   EXPECT_NE(c[0], b[0]);
   cuda_ok(cudaGraphLaunch(replay, streams_[1]), "launch");
   cuda_ok(cudaStreamSynchronize(streams_[1]), "replay");
