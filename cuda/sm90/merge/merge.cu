@@ -6,11 +6,23 @@
 namespace heddle::cuda {
 namespace {
 
+template <class T, int N, int P>
+void launch_few(const MergeArgs& args, std::int64_t total) {
+  constexpr std::int64_t kPerBlock = kMergeThreads * (kMergeFewLoads / P);
+  const MergeDivisors by{Divisor(args.dim / N), Divisor(args.heads), Divisor(args.seq)};
+  merge_few_kernel<T, N, P><<<static_cast<unsigned>((total + kPerBlock - 1) / kPerBlock), kMergeThreads, 0,
+                              static_cast<cudaStream_t>(args.stream)>>>(args, by, static_cast<std::uint32_t>(total));
+  check(cudaGetLastError(), "merge");
+}
+
 template <class T, int N>
 void launch(const MergeArgs& args) {
   const MergeShape shape = merge_shape(args.num_parts, args.dim / N);
   const std::int64_t rows = args.batch * args.seq * args.heads;
   const std::int64_t blocks = (rows + shape.rows_per_block - 1) / shape.rows_per_block;
+  if (const std::int64_t total = rows * (args.dim / N); args.num_parts <= kMergeFew && total <= kMergeMaxCount) {
+    return args.num_parts <= 2 ? launch_few<T, N, 2>(args, total) : launch_few<T, N, kMergeFew>(args, total);
+  }
   if (args.num_parts > kMergeMaxCount || args.dim > kMergeMaxCount || blocks > kMergeMaxCount) {
     throw Error(ErrorCode::kShape, "outs",
                 std::to_string(args.num_parts) + " parts of " + std::to_string(rows) + " rows of " +
