@@ -1,0 +1,576 @@
+// The computing warps of the decode kernel: scores, softmax and values of the tiles in the ring, and at the end of an
+// item the sum over warps; where a unit has several splits, the CTA that finishes the last of them merges them.
+//
+// Fragments are named as in common/mma.cuh: g = lane / 4, t = lane % 4. A lane holds scores of keys g and g + 8 of a
+// slice for the rows 2t and 2t + 1 of each step of 8 rows, and outputs of the same rows for two features of each block
+// of 16.
+#pragma once
+
+#include "cuda/common/online_softmax.cuh"
+#include "cuda/common/vec.cuh"
+#include "cuda/sm90/decode/shared.cuh"
+
+namespace heddle::cuda::decode {
+
+// Of two 16-bit words, those that are wanted; the others become 0.
+__device__ __forceinline__ std::uint32_t keep(std::uint32_t x, bool low, bool high) {
+  return x & ((low ? 0x0000ffffu : 0u) | (high ? 0xffff0000u : 0u));
+}
+
+template <class Config>
+class Math {
+ public:
+  using Format = typename Config::Format;
+  using Shared = typename Config::Shared;
+  using Stage = typename Config::Stage;
+  using Query = typename Format::Query;
+  using Product = typename Format::Product;
+  static constexpr int kDim = Config::kDim, kColumns = Config::kColumns, kBlocks = Config::kBlocks;
+  static constexpr int kSteps = Format::kInt8 ? kDim / 32 : kDim / 16;  // of the product K Q^T
+
+  __device__ Math(const Params& p, Shared& shared, int warp)
+      : p_(p),
+        shared_(shared),
+        warp_(warp),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        slice_sets_(kMathWarps / p.row_groups),
+        slice_set_(warp % slice_sets_),
+        row_base_(warp / slice_sets_ * 8 * kColumns) {}
+
+  __device__ void run() {
+    for (int stage = 0, phase = 0;;) {
+      shared_.full[stage].wait(phase);
+      const Stage& tile = shared_.stages[stage];
+      const Item item = tile.item;
+      if (item.unit == kNoUnit) return;
+      const int begin = tile.begin;
+      if (begin == item.begin) start(tile);
+      const int row_tile = tile.row_tile, head = tile.head, request = tile.request;
+      const int first_slice = (begin - item.begin) / kSliceKeys;
+      for (int slice = 0; slice < kSlices; ++slice) {
+        if (((first_slice + slice) & (slice_sets_ - 1)) != slice_set_) continue;
+        const int at = begin + slice * kSliceKeys;
+        if (at >= item.end) break;
+        const bool all = at >= tile.all_see_from && at + kSliceKeys <= min(tile.all_see_to, item.end);
+        compute(tile, slice, !all);
+      }
+      __syncwarp();
+      if (lane_ == 0) shared_.empty[stage].arrive();
+      if (begin + kTileKeys >= item.end) finish(item, request, head, row_tile);
+      if (++stage == Config::kStages) {
+        stage = 0;
+        phase ^= 1;
+      }
+    }
+  }
+
+ private:
+  __device__ int g() const { return lane_ / 4; }
+  __device__ int t() const { return lane_ % 4; }
+  // Row 2t + i of step n, in the row tile.
+  __device__ int row_of(int n, int i) const { return row_base_ + 8 * n + 2 * t() + i; }
+
+  // -- the start of an item: its queries ------------------------------------------------------------------------------
+
+  __device__ void start(const Stage& tile) {
+    const int first_position = tile.kv_len - p_.num_queries;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        max_[n][i] = -INFINITY;
+        reference_[n][i] = sum_[n][i] = 0.0f;
+        position_[n][i] = first_position + (tile.row_tile * p_.rows_per_tile + row_of(n, i)) / p_.group;
+      }
+      load_queries(tile, n);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out_[b][n][i] = 0.0f;
+      }
+    }
+  }
+
+  // Two neighbouring elements; any address that is a multiple of 2.
+  __device__ std::uint32_t load_pair(const char* from) const {
+    if (p_.wide_q) return __ldg(reinterpret_cast<const std::uint32_t*>(from));
+    const auto* halves = reinterpret_cast<const unsigned short*>(from);
+    return __ldg(halves) | static_cast<std::uint32_t>(__ldg(halves + 1)) << 16;
+  }
+
+  __device__ static float2 to_floats(std::uint32_t pair) {
+    if constexpr (std::is_same_v<Query, __half>) {
+      return __half22float2(reinterpret_cast<const __half2&>(pair));
+    } else {
+      return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+    }
+  }
+
+  // The fragments of Q^T, the right operand of K Q^T: row g of step n.
+  __device__ void load_queries(const Stage& tile, int n) {
+    const int row = tile.row_tile * p_.rows_per_tile + row_base_ + 8 * n + g();
+    const bool inside = row < p_.rows();
+    const int query = inside ? row / p_.group : 0, head = tile.head * p_.group + (inside ? row % p_.group : 0);
+    const char* q =
+        p_.q + tile.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
+    if constexpr (!Format::kScaled) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) query_[n][s][i] = inside ? load_pair(q + 2 * (16 * s + 8 * i + 2 * t())) : 0u;
+      }
+    } else {
+      // Elements 4t to 4t + 3 of each 16.
+      std::uint32_t pairs[kDim / 16][2];
+      float largest = 0.0f;
+#pragma unroll
+      for (int s = 0; s < kDim / 16; ++s) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          pairs[s][i] = inside ? load_pair(q + 2 * (16 * s + 4 * t() + 2 * i)) : 0u;
+          const float2 x = to_floats(pairs[s][i]);
+          largest = fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y)));
+        }
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
+      float scale = 1.0f;  // of the row
+      if constexpr (Format::kInt8) {
+        scale = p_.q_scale != nullptr ? __ldg(p_.q_scale) : p_.q_static_scale;
+        if (!(scale > 0.0f)) scale = largest / 127.0f;
+#pragma unroll
+        for (int s = 0; s < kDim / 16; ++s) {
+          const float2 low = to_floats(pairs[s][0]), high = to_floats(pairs[s][1]);
+          query_[n][s / 2][s % 2] = quantize(low.x, scale) | quantize(low.y, scale) << 8 |
+                                    quantize(high.x, scale) << 16 | quantize(high.y, scale) << 24;
+        }
+      } else {
+        // A power of two, so that the row fits fp16 whatever its range: the largest element becomes 1 to 2.
+        const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
+        if (exponent > -127 && exponent < 127) scale = __uint_as_float(static_cast<unsigned>(exponent + 127) << 23);
+        const float inverse = 1.0f / scale;
+#pragma unroll
+        for (int s = 0; s < kDim / 16; ++s) {
+          const float2 low = to_floats(pairs[s][0]), high = to_floats(pairs[s][1]);
+          query_[n][s][0] = pack<__half>(low.y * inverse, high.y * inverse);  // the odd elements, see scores()
+          query_[n][s][1] = pack<__half>(low.x * inverse, high.x * inverse);
+        }
+        scale *= 256.0f;
+      }
+      scale *= p_.score_factor;
+      if (p_.partition == 0) scale *= __ldg(p_.k_scale);
+      factor_[n][0] = __shfl_sync(kFullWarp, scale, 8 * t());
+      factor_[n][1] = __shfl_sync(kFullWarp, scale, 8 * t() + 4);
+    }
+  }
+
+  __device__ static std::uint32_t quantize(float x, float scale) {
+    const float steps = scale > 0.0f ? rintf(x / scale) : 0.0f;
+    return static_cast<std::uint32_t>(static_cast<int>(fminf(fmaxf(steps, -127.0f), 127.0f))) & 0xffu;
+  }
+
+  __device__ float factor(int n, int i) const {
+    if constexpr (Format::kScaled) return factor_[n][i];
+    return p_.score_factor;
+  }
+
+  // -- one slice of 16 keys -------------------------------------------------------------------------------------------
+
+  __device__ void compute(const Stage& tile, int slice, bool masked) {
+    float x[kColumns][4];
+    scores(tile, slice, x);
+    if (p_.cap > 0.0f) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][i] = p_.cap * (1.0f - __fdividef(2.0f, exp2_approx(2.0f * kLog2E * x[n][i]) + 1.0f));
+      }
+    }
+    if (masked) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = tile.keys[slice * kSliceKeys + g() + i / 2 * 8];
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          if (key == kNoKey || !p_.mask.sees(position_[n][i % 2], key)) x[n][i] = -INFINITY;
+        }
+      }
+    }
+
+    bool grew = false;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) grew |= x[n][i] > max_[n][i % 2];
+    }
+    if (__any_sync(kFullWarp, grew)) raise(x);
+
+    std::uint32_t p[kColumns][2];
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[n][i] = exp2_approx(x[n][i] - reference_[n][i % 2]);
+        sum_[n][i % 2] += x[n][i];
+      }
+      // From rows of keys to columns of keys: the right operand of V^T P^T.
+      p[n][0] = transpose_matrix(pack<Product>(x[n][0], x[n][1]));
+      p[n][1] = transpose_matrix(pack<Product>(x[n][2], x[n][3]));
+    }
+    if (!values(tile, slice, p, masked)) values_by_query(tile, slice, p);
+  }
+
+  // Products in log2 units (or the argument of softcap's tanh).
+  __device__ void scores(const Stage& tile, int slice, float (&x)[kColumns][4]) const {
+    // Rows 0 to 15 of 16 bytes, then the 16 bytes beside them.
+    const std::uint32_t at = shared_address(tile.k) + (slice * kSliceKeys + lane_ % 16) * Config::kPitch + lane_ / 16 * 16;
+    if constexpr (Format::kInt8) {
+      int c[kColumns][4] = {};
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        std::uint32_t a[4];
+        load_matrices(a, at + 32 * s);
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) mma_int8(c[n], a, query_[n][s][0], query_[n][s][1]);
+      }
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][i] = static_cast<float>(c[n][i]) * factor(n, i % 2);
+      }
+    } else {
+      // Two sums, so that fewer products wait for each other.
+      float c[2][kColumns][4] = {};
+#pragma unroll
+      for (int s = 0; s < kSteps; s += Format::kFp8 ? 2 : 1) {
+        std::uint32_t a[4];
+        load_matrices(a, at + (Format::kFp8 ? 16 : 32) * s);
+        if constexpr (Format::kFp8) {
+          const std::uint32_t a0[4] = {Format::template halves<true>(a[0]), Format::template halves<true>(a[1]),
+                                       Format::template halves<false>(a[0]), Format::template halves<false>(a[1])};
+          const std::uint32_t a1[4] = {Format::template halves<true>(a[2]), Format::template halves<true>(a[3]),
+                                       Format::template halves<false>(a[2]), Format::template halves<false>(a[3])};
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n) {
+            mma<Product>(c[0][n], a0, query_[n][s][0], query_[n][s][1]);
+            mma<Product>(c[1][n], a1, query_[n][s + 1][0], query_[n][s + 1][1]);
+          }
+        } else {
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n) mma<Product>(c[s % 2][n], a, query_[n][s][0], query_[n][s][1]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][i] = (c[0][n][i] + c[1][n][i]) * factor(n, i % 2);
+      }
+    }
+    if (Format::kScaled && p_.partition > 0) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float scale = tile.k_scale[slice * kSliceKeys + g() + i / 2 * 8];
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) x[n][i] *= scale;
+      }
+    }
+  }
+
+  // A score is larger than the maximum so far: raises it and scales down what was summed.
+  __device__ void raise(const float (&x)[kColumns][4]) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float largest = fmaxf(x[n][i], x[n][i + 2]);
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+          largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, lanes));
+        }
+        largest = fmaxf(largest, max_[n][i]);
+        reference_[n][i] = largest == -INFINITY ? 0.0f : largest;
+        const float correction = exp2_approx(max_[n][i] - reference_[n][i]);
+        max_[n][i] = largest;
+        sum_[n][i] *= correction;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          out_[b][n][i] *= correction;
+          out_[b][n][i + 2] *= correction;
+        }
+      }
+    }
+  }
+
+  // The fragments of V^T for two blocks of 16 features (one if elements have 16 bits). Of 8-bit elements, rows g and
+  // g + 8 of a block are the features 2g and 2g + 1.
+  static constexpr int kLoadBlocks = Format::kBytes == 1 ? 2 : 1;
+  __device__ void load_values(const Stage& tile, int slice, int load, std::uint32_t (&a)[kLoadBlocks][4]) const {
+    // Keys 0 to 7: 16 bytes and the 16 beside them; then keys 8 to 15.
+    const int key = slice * kSliceKeys + lane_ % 8 + lane_ / 16 * 8;
+    const std::uint32_t at = shared_address(tile.v) + key * Config::kPitch + lane_ / 8 % 2 * 16;
+    if constexpr (Format::kBytes == 2) {
+      load_matrices_transposed(a[0], at + 32 * load);
+    } else {
+      std::uint32_t x[4];
+      load_matrices_transposed(x, at + 32 * load);
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        a[b][0] = Format::template halves<false>(x[b]);
+        a[b][1] = Format::template halves<true>(x[b]);
+        a[b][2] = Format::template halves<false>(x[b + 2]);
+        a[b][3] = Format::template halves<true>(x[b + 2]);
+      }
+    }
+  }
+
+  // Adds P V. False, and nothing added, if some keys are masked and a value is not finite: 0 times it would be NaN.
+  __device__ bool values(const Stage& tile, int slice, const std::uint32_t (&p)[kColumns][2], bool masked) {
+    if constexpr (Format::kBytes == 2) {
+      if (masked) {
+        bool special = false;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          std::uint32_t a[1][4];
+          load_values(tile, slice, b, a);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) special |= any_not_finite<Product>(a[0][i]);
+        }
+        if (__any_sync(kFullWarp, special)) return false;
+      }
+    }
+#pragma unroll
+    for (int load = 0; load < kBlocks / kLoadBlocks; ++load) {
+      std::uint32_t a[kLoadBlocks][4];
+      load_values(tile, slice, load, a);
+#pragma unroll
+      for (int b = 0; b < kLoadBlocks; ++b) {
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) mma<Product>(out_[load * kLoadBlocks + b][n], a[b], p[n][0], p[n][1]);
+      }
+    }
+    return true;
+  }
+
+  // The same query by query, each with the values of the keys that it sees and zeros for the others.
+  __device__ void values_by_query(const Stage& tile, int slice, const std::uint32_t (&p)[kColumns][2]) {
+    if constexpr (Format::kBytes == 2) {
+      const int first = tile.kv_len - p_.num_queries;
+      const int* keys = tile.keys + slice * kSliceKeys + 2 * t();
+      #pragma unroll 1
+      for (int query = 0; query < p_.num_queries; ++query) {
+        bool seen[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int key = keys[i % 2 + i / 2 * 8];
+          seen[i] = key != kNoKey && p_.mask.sees(first + query, key);
+        }
+        std::uint32_t own[kColumns][2];
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          const int row = tile.row_tile * p_.rows_per_tile + row_base_ + 8 * n + g();
+#pragma unroll
+          for (int i = 0; i < 2; ++i) own[n][i] = row / p_.group == query ? p[n][i] : 0u;
+        }
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          std::uint32_t a[1][4];
+          load_values(tile, slice, b, a);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[0][i] = keep(a[0][i], seen[i / 2 * 2], seen[i / 2 * 2 + 1]);
+          // Rows of other queries have weight 0, which a NaN that this query sees would still spoil: add only own rows.
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n) {
+            float c[4] = {};
+            mma<Product>(c, a[0], own[n][0], own[n][1]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int row = tile.row_tile * p_.rows_per_tile + row_of(n, i % 2);
+              if (row / p_.group == query) out_[b][n][i] += c[i];
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // -- the end of an item ---------------------------------------------------------------------------------------------
+
+  // What turns a sum of weighted values into the output, and the logarithm of the weights' sum.
+  struct Final {
+    float factor, lse;
+  };
+  __device__ Final finalize(float max, float sum, int head) const {
+    const float sink = p_.sinks != nullptr ? __ldg(p_.sinks + head) * kLog2E : -INFINITY;
+    const float largest = fmaxf(max, sink), reference = largest == -INFINITY ? 0.0f : largest;
+    const float correction = exp2_approx(max - reference), all = sum * correction + exp2_approx(sink - reference);
+    float factor = all == 0.0f ? 0.0f : correction / all;
+    if constexpr (Format::kScaled) factor *= __ldg(p_.v_scale) * Format::kValueFactor;
+    return {factor, all == 0.0f ? -INFINITY : (reference + log2f(all)) * kLn2};
+  }
+
+  __device__ void write(int request, int head, int row, int column, const float (&x)[4], const Final& final) const {
+    const int query = row / p_.group, q_head = head * p_.group + row % p_.group;
+    char* out = p_.out + request * p_.out_stride.batch + query * p_.out_stride.seq + q_head * p_.out_stride.head;
+    auto* to = reinterpret_cast<Query*>(out) + column;
+    Vec<Query, 4> y;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y.elements[i] = from_float<Query>(x[i] * final.factor);
+    if (p_.wide_out) {
+      y.store(to);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i] = y.elements[i];
+    }
+    if (column == 0 && p_.lse != nullptr) {
+      p_.lse[request * p_.lse_stride.batch + query * p_.lse_stride.seq + q_head * p_.lse_stride.head] = final.lse;
+    }
+  }
+
+  __device__ void finish(const Item& item, int request, int head, int row_tile) {
+    constexpr int kPieces = 4 * Config::kRoundBlocks;  // 4 features each, of a row in a round
+    const int thread = warp_ * 32 + lane_, slots = warp_ * 8 * kColumns;
+    const int first_row = row_tile * p_.rows_per_tile, rows = min(p_.rows_per_tile, p_.rows() - first_row);
+    const std::int64_t own_slot = slot_of(p_.shape.split_keys > 0, item.slot, item.split);
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float sum = sum_[n][i];
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
+        if (g() == 0) {
+          shared_.max[slots + 8 * n + 2 * t() + i] = max_[n][i];
+          shared_.sum[slots + 8 * n + 2 * t() + i] = sum;
+        }
+      }
+    }
+#pragma unroll
+    for (int round = 0; round < kBlocks / Config::kRoundBlocks; ++round) {
+#pragma unroll
+      for (int b = 0; b < Config::kRoundBlocks; ++b) {
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          const float(&c)[4] = out_[round * Config::kRoundBlocks + b][n];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float* to = shared_.exchange[slots + 8 * n + 2 * t() + i] + 16 * b;
+            if constexpr (Format::kBytes == 2) {
+              to[g()] = c[i];
+              to[g() + 8] = c[i + 2];
+            } else {
+              *reinterpret_cast<float2*>(to + 2 * g()) = make_float2(c[i], c[i + 2]);
+            }
+          }
+        }
+      }
+      named_barrier(kMathBarrier, kMathThreads);
+      for (int piece = thread; piece < rows * kPieces; piece += kMathThreads) {
+        const int row = piece / kPieces, column = piece % kPieces * 4;
+        // The same row of the warps that share it, which lie `slice_sets_` after each other.
+        const int group = row / (8 * kColumns) * slice_sets_;
+        const int first = group * 8 * kColumns + row % (8 * kColumns);
+        float largest = -INFINITY, sum = 0.0f, x[4] = {};
+        for (int s = 0; s < slice_sets_; ++s) largest = fmaxf(largest, shared_.max[first + s * 8 * kColumns]);
+        const float reference = largest == -INFINITY ? 0.0f : largest;
+        for (int s = 0; s < slice_sets_; ++s) {
+          const int at = first + s * 8 * kColumns;
+          const float weight = exp2_approx(shared_.max[at] - reference);
+          const float4 y = *reinterpret_cast<const float4*>(shared_.exchange[at] + column);
+          sum += weight * shared_.sum[at];
+          x[0] += weight * y.x;
+          x[1] += weight * y.y;
+          x[2] += weight * y.z;
+          x[3] += weight * y.w;
+        }
+        const int feature = 16 * Config::kRoundBlocks * round + column;
+        if (item.num_splits == 1) {
+          const int full_row = first_row + row;
+          write(request, head, full_row, feature, x, finalize(largest, sum, head * p_.group + full_row % p_.group));
+        } else {
+          const std::int64_t at = own_slot * p_.partial_rows + row;
+          __stcg(reinterpret_cast<float4*>(p_.partial_out + at * kDim + feature), make_float4(x[0], x[1], x[2], x[3]));
+          if (feature == 0) __stcg(p_.partial_state + at, make_float2(largest, sum));
+        }
+      }
+      // Before the next round, or the next item, writes there.
+      if (round + 1 < kBlocks / Config::kRoundBlocks || item.num_splits == 1) named_barrier(kMathBarrier, kMathThreads);
+    }
+    if (item.num_splits > 1) {
+      __threadfence();
+      named_barrier(kMathBarrier, kMathThreads);
+      if (thread == 0) {
+        unsigned* arrived = p_.arrived + item.unit;
+        __threadfence();
+        const bool last = atomicAdd(arrived, 1u) + 1 == static_cast<unsigned>(item.num_splits);
+        if (last) *arrived = 0;  // for the next launch
+        __threadfence();
+        shared_.is_last = last;
+      }
+      named_barrier(kMathBarrier, kMathThreads);
+      if (shared_.is_last != 0) merge(item, request, head, first_row, rows);
+    }
+  }
+
+  // Merges the splits of a unit in their order. A warp takes a row; its lanes hold the weights of 32 splits.
+  __device__ void merge(const Item& item, int request, int head, int first_row, int rows) const {
+    constexpr int kVectors = (kDim + 127) / 128;  // of 4 features, a lane
+    const bool fixed = p_.shape.split_keys > 0;
+    for (int row = warp_; row < rows; row += kMathWarps) {
+      const auto state = [&](int split) {
+        return split < item.num_splits ? __ldcg(p_.partial_state + slot_of(fixed, item.slot, split) * p_.partial_rows + row)
+                                       : make_float2(-INFINITY, 0.0f);
+      };
+      float largest = -INFINITY;
+      for (int split = lane_; split < item.num_splits; split += 32) largest = fmaxf(largest, state(split).x);
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, lanes));
+      }
+      const float reference = largest == -INFINITY ? 0.0f : largest;
+      float sum = 0.0f, x[kVectors][4] = {};
+      for (int first = 0; first < item.num_splits; first += 32) {
+        const float2 own = state(first + lane_);
+        const float weight = exp2_approx(own.x - reference);
+        sum += weight * own.y;
+        const int count = min(32, item.num_splits - first);
+#pragma unroll 8
+        for (int s = 0; s < count; ++s) {
+          const float w = __shfl_sync(kFullWarp, weight, s);
+          const float* from =
+              p_.partial_out + (slot_of(fixed, item.slot, first + s) * p_.partial_rows + row) * kDim;
+#pragma unroll
+          for (int i = 0; i < kVectors; ++i) {
+            const int column = 4 * (lane_ + 32 * i);
+            if (column >= kDim) continue;
+            const float4 y = __ldcg(reinterpret_cast<const float4*>(from + column));
+            x[i][0] += w * y.x;
+            x[i][1] += w * y.y;
+            x[i][2] += w * y.z;
+            x[i][3] += w * y.w;
+          }
+        }
+      }
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
+      const int full_row = first_row + row;
+      const Final final = finalize(largest, sum, head * p_.group + full_row % p_.group);
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const int column = 4 * (lane_ + 32 * i);
+        if (column < kDim) write(request, head, full_row, column, x[i], final);
+      }
+    }
+  }
+
+  const Params& p_;
+  Shared& shared_;
+  int warp_, lane_, slice_sets_, slice_set_, row_base_;
+
+  std::uint32_t query_[kColumns][kSteps][2];
+  float factor_[kColumns][2];
+  int position_[kColumns][2];
+  float max_[kColumns][2], reference_[kColumns][2], sum_[kColumns][2];  // the sum is of this lane's keys alone
+  float out_[kBlocks][kColumns][4];
+};
+
+}  // namespace heddle::cuda::decode

@@ -1,0 +1,59 @@
+// One instantiation of the decode kernel, and the shared memory of its blocks.
+#pragma once
+
+#include "cuda/common/async.cuh"
+#include "cuda/sm90/decode/config.h"
+#include "cuda/sm90/decode/format.cuh"
+#include "cuda/sm90/decode/params.h"
+
+namespace heddle::cuda::decode {
+
+inline constexpr unsigned kNoUnit = 0xffffffffu;
+inline constexpr int kNoKey = 0x7fffffff;
+inline constexpr int kLoadBarrier = 1, kMathBarrier = 2;  // named barriers of the warps of a role
+
+template <class Format_, int kDim_, int kColumns_>
+struct Config {
+  using Format = Format_;
+  static constexpr int kDim = kDim_, kColumns = kColumns_;
+  static constexpr int kRowBytes = kDim * Format::kBytes, kPitch = row_pitch(kRowBytes);
+  static_assert(kSliceKeys * kRowBytes / 16 % 32 == 0, "whole warps copy a slice");
+
+  // A stage of the ring: 64 keys and values, and what they are.
+  struct Stage {
+    alignas(16) char k[kTileKeys * kPitch];
+    alignas(16) char v[kTileKeys * kPitch];
+    float k_scale[kTileKeys];
+    int keys[kTileKeys];
+    Item item;
+    int begin, row_tile, head, request, kv_len;
+    int all_see_from, all_see_to;  // the item's keys that every query sees
+  };
+
+  // The exchange: of each warp 8 * kColumns rows of 16 * kRoundBlocks features. The pitch makes writes and reads free of
+  // bank conflicts: 4 modulo 16.
+  static constexpr int kBlocks = kDim / 16;  // of 16 features
+  static constexpr int exchange_bytes(int blocks) { return kMathWarps * 8 * kColumns * (16 * blocks + 4) * 4; }
+  static constexpr int round_blocks() {
+    int blocks = kBlocks;
+    while (exchange_bytes(blocks) > kExchangeBytes || kBlocks % blocks != 0) --blocks;
+    return blocks;
+  }
+  static constexpr int kRoundBlocks = round_blocks(), kExchangePitch = 16 * kRoundBlocks + 4;
+
+  static constexpr int kFixedBytes = kExchangeBytes + 2048;
+  static constexpr int kStages = (kSharedBytes - kFixedBytes) / static_cast<int>(sizeof(Stage) + 2 * sizeof(Barrier));
+  static_assert(kStages >= 2);
+
+  struct Shared {
+    Stage stages[kStages];
+    float exchange[kMathWarps * 8 * kColumns][kExchangePitch];
+    float max[kMathWarps * 8 * kColumns], sum[kMathWarps * 8 * kColumns];
+    Barrier full[kStages], empty[kStages];
+    int next_chunk[2];
+    unsigned is_last;
+  };
+  static_assert(sizeof(Shared) <= kSharedBytes);
+};
+
+}  // namespace heddle::cuda::decode
