@@ -1,5 +1,6 @@
 // What the core may ask of the CUDA part. Plain pointers, element strides and a cudaStream_t as void*: whoever includes
-// this needs neither CUDA's headers nor its compiler. Nothing here synchronizes or allocates.
+// this needs neither CUDA's headers nor its compiler. No launch_*() synchronizes or allocates. A build without CUDA has
+// the same functions, which see no device (cpp/src/no_cuda).
 #pragma once
 
 #include <cstdint>
@@ -14,6 +15,54 @@ int device_count() noexcept;
 
 // major * 10 + minor of the device's compute capability, e.g. 90 for Hopper. Throws kDevice if there is no such device.
 int compute_capability(int device);
+
+// Memory of a device, zeroed. Both wait for the device. Throws kCapacity when it has not so much left.
+void* allocate(std::int64_t bytes, int device);
+void release(void* memory, int device) noexcept;
+void synchronize(int device);  // waits for all work of the device
+// Copies after the stream's earlier work, and waits for it. Throw kValue if the stream is being captured.
+void copy_to_host(void* to, const void* from, std::int64_t bytes, int device, void* stream);
+void copy_to_device(void* to, const void* from, std::int64_t bytes, int device, void* stream);
+
+// Rows of floats [batch, tokens, heads, dim], strides in elements; a packed batch is a batch of one.
+struct FloatRows {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;  // float32, bfloat16 or float16
+  std::int64_t batch = 0, tokens = 0, heads = 0, dim = 0;
+  std::int64_t batch_stride = 0, token_stride = 0, head_stride = 0;
+};
+
+// Bits of the largest magnitude (0x7f800000 and above: there is a NaN or an infinity). Waits for the stream; throws
+// kValue if it is being captured. token_limit: optional, on the device: so many of the tokens count.
+std::uint32_t max_abs_bits(const FloatRows& rows, const std::int32_t* token_limit, int device, void* stream);
+
+// Writes new tokens into a paged cache: see KVCache::append.
+struct AppendArgs {
+  FloatRows k, v;  // of one dtype; k.tokens of each request, or all of a packed batch
+
+  // The cache: [num_pages, heads, page_size, dim] and [num_pages, heads, page_size]
+  void *k_pages = nullptr, *v_pages = nullptr;
+  DType dtype = DType::kBFloat16;
+  std::int64_t num_pages = 0, page_size = 0;
+  float* value_norms = nullptr;
+  // int8 and fp8. partition 0: one scale of K, read; else [num_pages, heads, page_size / partition], written
+  float* k_scale = nullptr;
+  const float* v_scale = nullptr;
+  std::int64_t partition = 0;
+  std::int64_t* saturated = nullptr;  // how many values a scale clamped is added to it
+
+  std::int64_t batch = 0, table_pages = 0, table_stride = 0;
+  const std::int32_t *block_table = nullptr, *start = nullptr;
+  const std::int32_t* cu_seqlens = nullptr;  // null: not packed
+  std::int32_t* seq_lens = nullptr;          // written: start + new tokens
+
+  int device = 0;
+  void* stream = nullptr;
+};
+
+// Tokens without a page in the table or in the cache are not written.
+// Throws kDType for other element types, kShape for more rows than a launch can have and kRuntime if it fails.
+void launch_append(const AppendArgs& args);
 
 // Merge of partial results over disjoint key sets. Partial p of row (b, s, h) is `dim` contiguous elements of `outs`;
 // its lse is one element of `lses`. Sizes are counts, strides count elements.

@@ -33,6 +33,7 @@ void add_case(const std::string& name, Body body) {
 void register_cases();  // cases.cpp
 void register_merge();  // merge.cpp
 #if defined(HEDDLE_WITH_CUDA)
+void register_cuda_append();
 void register_cuda_merge();  // cuda_merge.cu; nothing without a GPU
 #endif
 

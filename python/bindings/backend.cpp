@@ -81,6 +81,16 @@ for one that this processor or build lacks.)");
   m.def("available_host_isas", &available_host_isas, R"(available_host_isas() -> list of str
 
 The instruction sets that this processor and build have.)");
+  m.def(
+      "set_validation", [](py::object on) { set_validation(to_bool(on, "on")); }, py::arg("on"),
+      R"(set_validation(on)
+
+The validating mode, off by default, for the whole process. The host does not read lengths, tables and token lists that lie
+on a GPU; with the mode on, each call copies them to the host and checks them as it would those of the CPU, so that a bad
+one raises the error that names its request. Such calls wait for their stream and cannot be captured in a graph.)");
+  m.def("validation", &validation, R"(validation() -> bool
+
+Whether the validating mode is on.)");
   m.def("last_kernel", &last_kernel, R"(last_kernel() -> str
 
 The kernel that this thread's last call ran, e.g. "host/amx/attention bf16": what backend="auto" chose.)");

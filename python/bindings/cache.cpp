@@ -35,6 +35,37 @@ std::unique_ptr<SharedCache> make_cache(py::object num_pages, py::object page_si
   return std::make_unique<SharedCache>(config);
 }
 
+std::unique_ptr<SharedCache> cache_over(py::object k_, py::object v_, py::object value_norms_, py::object saturation_,
+                                        py::object k_scale_, py::object v_scale_, py::object q_scale_,
+                                        py::object format, py::object partition) {
+  const Array k = output_array(k_, "k"), v = output_array(v_, "v"),
+              value_norms = output_array(value_norms_, "value_norms"),
+              saturation = output_array(saturation_, "saturation"), k_scale = output_array(k_scale_, "k_scale"),
+              v_scale = output_array(v_scale_, "v_scale"), q_scale = output_array(q_scale_, "q_scale");
+  check::rank("k", k.view, 4);
+  check::rank("v", v.view, 4);
+  const CacheConfig config{.num_pages = k.view.shape[0],
+                           .page_size = k.view.shape[2],
+                           .num_kv_heads = k.view.shape[1],
+                           .head_dim = k.view.shape[3],
+                           .head_dim_v = v.view.shape[3],
+                           .format = cache_format_from_string(to_string_view(format, "format")),
+                           .partition = to_int(partition, "partition"),
+                           .device = k.view.device};
+  std::vector<std::shared_ptr<const void>> owners;
+  for (const Array* part : {&k, &v, &value_norms, &saturation, &k_scale, &v_scale, &q_scale}) {
+    owners.push_back(keep_alive(*part));
+  }
+  const CacheStorage storage{.k = k.view,
+                             .v = v.view,
+                             .k_scale = k_scale.view,
+                             .v_scale = v_scale.view,
+                             .q_scale = q_scale.view,
+                             .value_norms = value_norms.view,
+                             .saturation = saturation.view};
+  return std::make_unique<SharedCache>(config, storage, std::move(owners));
+}
+
 py::object append(SharedCache& self, py::object k_, py::object v_, py::object block_table_, py::object start_,
                   py::object cu_seqlens_) {
   const Array k = array(k_, "k"), v = array(v_, "v");
@@ -45,19 +76,21 @@ py::object append(SharedCache& self, py::object k_, py::object v_, py::object bl
   check::rank("block_table", block_table.view, 2);
   const std::array<std::int64_t, 1> shape{block_table.view.shape[0]};
   const Array seq_lens = empty(shape, DType::kInt32, k);
+  const Stream stream = current_stream(k);
   {
     const py::gil_scoped_release release;
     const std::unique_lock lock(self.mutex);
-    self.cache.append(k.view, v.view, block_table.view, start.view, seq_lens.view, cu_seqlens.view);
+    self.cache.append(k.view, v.view, block_table.view, start.view, seq_lens.view, cu_seqlens.view, stream);
   }
   return seq_lens.object;
 }
 
 void calibrate(SharedCache& self, py::object k_, py::object v_, py::object q_) {
   const Array k = array(k_, "k"), v = array(v_, "v"), q = optional_array(q_, "q");
+  const Stream stream = current_stream(k);
   const py::gil_scoped_release release;
   const std::unique_lock lock(self.mutex);
-  self.cache.calibrate(k.view, v.view, q.view);
+  self.cache.calibrate(k.view, v.view, q.view, stream);
 }
 
 py::object decode(py::object q_, py::object cache_, py::object block_table_, py::object seq_lens_, py::object causal,
@@ -112,11 +145,11 @@ py::object decode(py::object q_, py::object cache_, py::object block_table_, py:
   return lse.given() ? py::object(py::make_tuple(out.object, lse.object)) : out.object;
 }
 
-// A view of the storage as a numpy array, or None where the format has no such part.
+// A view of the storage, or None where the format has no such part.
 template <TensorView (KVCache::*Part)() const noexcept>
 py::object storage(const py::object& self) {
   const TensorView view = (self.cast<const SharedCache&>().cache.*Part)();
-  return view.given() ? py::object(numpy_view(view, self)) : py::none();
+  return view.given() ? view_of_memory(view, self) : py::none();
 }
 
 // A number that appends may be changing.
@@ -160,10 +193,25 @@ may share pages. format is one of
     fp8                K and V FP8 E4M3 per tensor, q as given
 
 head_dim_v is the size of a value, head_dim unless given. `partition` must divide page_size. Calls from several threads
-are safe: appends run alone, decodes side by side.)")
+are safe: appends run alone, decodes side by side.
+
+device is "cpu", "cuda" or "cuda:<index>". A cache on a GPU takes tensors of that GPU, tables and lengths included, works on
+the stream that is current, and waits for nothing, except where it calibrates: call calibrate() before a graph is captured.
+Its parts (k, v, ...) are torch tensors where torch has been imported, else objects with __dlpack__.)")
       .def(py::init(&make_cache), py::arg("num_pages"), py::arg("page_size"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::kw_only(), py::arg("head_dim_v") = py::none(), py::arg("format") = "bf16",
            py::arg("device") = "cpu", py::arg("partition") = 1)
+      .def_static(
+          "over", &cache_over, py::arg("k"), py::arg("v"), py::arg("value_norms"), py::arg("saturation"), py::kw_only(),
+          py::arg("k_scale") = py::none(), py::arg("v_scale") = py::none(), py::arg("q_scale") = py::none(),
+          py::arg("format") = "bf16", py::arg("partition") = 1,
+          R"(over(k, v, value_norms, saturation, *, k_scale=None, v_scale=None, q_scale=None, format="bf16", partition=1)
+
+A cache over the caller's memory, for engines that allocate by themselves: each part that the format has, as the property of
+the same name describes it, contiguous, writable, and zeroed at first. What the arrays hold is the state of the cache, so
+several objects over the same arrays are one cache; on a GPU its static scales count as calibrated.
+
+HeddleValueError and HeddleTypeError for parts that do not fit.)")
       .def("append", &append, py::arg("k"), py::arg("v"), py::arg("block_table"), py::arg("start"), py::kw_only(),
            py::arg("cu_seqlens") = py::none(), R"(append(k, v, block_table, start, *, cu_seqlens=None) -> seq_lens
 
@@ -174,17 +222,22 @@ block_table int32 [B, max_pages], start int32 [B]. Returns seq_lens, int32 [B]: 
 of k. The first append calibrates the static scales of a quantized format, unless calibrate() did. A partition of
 "int8-a" that is still open is quantized again when a token raises its maximum.
 
+On a GPU the tables and lengths are not read by the host: tokens that have no page are not written, and NaN in quantized data
+becomes the largest value. heddle.set_validation(True) checks them as on the CPU.
+
 All or nothing: on HeddleValueError (a table that is too small or names pages outside the cache, NaN for a quantized
 format, wrong shapes) and HeddleTypeError (dtypes) the cache is as it was.)")
       .def("calibrate", &calibrate, py::arg("k"), py::arg("v"), py::arg("q") = py::none(), R"(calibrate(k, v, q=None)
 
 Sets the static scales from sample data, max|x| / 127 (448 for fp8): k, v and q float [B, S, H, D] or [total, H, D].
 Values beyond a scale saturate and are counted. HeddleValueError once the cache holds tokens.)")
-      .def_property_readonly("k", &storage<&KVCache::k>,
-                             "The keys, [num_pages, Hkv, page_size, D]: a numpy array that shares the cache's memory.")
+      .def_property_readonly(
+          "k", &storage<&KVCache::k>,
+          "The keys, [num_pages, Hkv, page_size, D]: an array that shares the cache's memory, numpy's on "
+          "the CPU.")
       .def_property_readonly(
           "v", &storage<&KVCache::v>,
-          "The values, [num_pages, Hkv, page_size, Dv]: a numpy array that shares the cache's memory.")
+          "The values, [num_pages, Hkv, page_size, Dv]: an array that shares the cache's memory, numpy's on the CPU.")
       .def_property_readonly("k_scale", &storage<&KVCache::k_scale>,
                              "Scales of K: float32 [num_pages, Hkv, page_size / partition] for int8-a, [1] for the "
                              "other quantized formats, None for the rest. Shares the cache's memory.")
@@ -195,7 +248,10 @@ Values beyond a scale saturate and are counted. HeddleValueError once the cache 
       .def_property_readonly("value_norms", &storage<&KVCache::value_norms>,
                              "The 2-norm of every value before quantization, float32 [num_pages, Hkv, page_size]. "
                              "Shares the cache's memory.")
-      .def_property_readonly("saturated", &current<&KVCache::saturated>, "How many values a static scale has clamped.")
+      .def_property_readonly("saturation", &storage<&KVCache::saturation>,
+                             "The number `saturated` where it lies, int64 [1]. Shares the cache's memory.")
+      .def_property_readonly("saturated", &current<&KVCache::saturated>,
+                             "How many values a static scale has clamped. On a GPU, waits for it.")
       .def_property_readonly("kv_calibrated", &current<&KVCache::kv_calibrated>, "Whether K and V have their scales.")
       .def_property_readonly("q_calibrated", &current<&KVCache::q_calibrated>, "Whether q has its static scale.")
       .def_property_readonly("bytes_per_token", &current<&KVCache::bytes_per_token>,

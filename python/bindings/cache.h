@@ -1,7 +1,10 @@
 // heddle.KVCache as Python holds it.
 #pragma once
 
+#include <memory>
 #include <shared_mutex>
+#include <utility>
+#include <vector>
 
 #include "heddle/cache.h"
 
@@ -11,7 +14,10 @@ namespace heddle::python {
 // after Python's is released, never the other way round.
 struct SharedCache {
   explicit SharedCache(const CacheConfig& config) : cache(config) {}
+  SharedCache(const CacheConfig& config, const CacheStorage& storage, std::vector<std::shared_ptr<const void>> owners_)
+      : owners(std::move(owners_)), cache(config, storage) {}
 
+  std::vector<std::shared_ptr<const void>> owners;  // of the memory, if it is not the cache's own
   KVCache cache;
   std::shared_mutex mutex;
 };

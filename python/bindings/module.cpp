@@ -1,6 +1,8 @@
 // heddle._core: what the package heddle is made of. Conversions and checks of Python's arguments, nothing else.
 #include "module.h"
 
+#include "tensor.h"
+
 #include "heddle/error.h"
 #include "heddle/version.h"
 
@@ -39,6 +41,7 @@ PYBIND11_MODULE(_core, m) {
     }
   });
   m.attr("__version__") = HEDDLE_VERSION_STRING;
+  bind_device_memory(m);
   bind_backend(m);
   bind_select(m);
   bind_quantize(m);

@@ -358,7 +358,97 @@ Array empty(std::span<const std::int64_t> shape, DType dtype, const Array& like)
   return from_numpy(py::array(numpy, py::array::ShapeContainer(shape.begin(), shape.end())), "out");
 }
 
-py::array numpy_view(const TensorView& view, py::handle owner) {
+namespace {
+
+// Memory of a device that heddle owns, for DLPack. What reads it has to wait for the work that writes it: it is handed
+// out as it is, and heddle's calls work on the streams of their callers.
+struct DeviceMemory {
+  TensorView view;
+  py::object owner;
+};
+
+DLDevice dlpack_device(const TensorView& view) { return {kDLCUDA, view.device.index}; }
+
+// What an exported tensor points to until its consumer deletes it.
+struct Export {
+  DLManagedTensorVersioned versioned{};
+  DLManagedTensor unversioned{};
+  TensorView view;
+  py::object owner;
+
+  DLTensor tensor() {
+    const DTypeName& name = name_of(view.dtype);
+    return {.data = view.data,
+            .device = dlpack_device(view),
+            .ndim = view.rank,
+            .dtype = {name.code, name.bits, 1},
+            .shape = view.shape.data(),
+            .strides = view.strides.data(),
+            .byte_offset = 0};
+  }
+  static void release(void* context) {
+    const py::gil_scoped_acquire gil;
+    delete static_cast<Export*>(context);
+  }
+};
+
+constexpr const char* kVersionedCapsule = "dltensor_versioned";
+constexpr const char* kCapsule = "dltensor";
+
+// A capsule that nobody consumed still owns its tensor.
+template <class Managed>
+void drop_capsule(PyObject* capsule, const char* name) {
+  if (!PyCapsule_IsValid(capsule, name)) return;
+  auto* managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule, name));
+  managed->deleter(managed);
+}
+
+py::object export_dlpack(const DeviceMemory& memory, py::handle max_version) {
+  const bool versioned = !max_version.is_none() && max_version.cast<py::tuple>()[0].cast<int>() >= DLPACK_MAJOR_VERSION;
+  auto* held = new Export{.view = memory.view, .owner = memory.owner};
+  PyObject* capsule = nullptr;
+  if (versioned) {
+    held->versioned = {.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION},
+                       .manager_ctx = held,
+                       .deleter = [](DLManagedTensorVersioned* self) { Export::release(self->manager_ctx); },
+                       .flags = 0,
+                       .dl_tensor = held->tensor()};
+    capsule = PyCapsule_New(&held->versioned, kVersionedCapsule,
+                            [](PyObject* self) { drop_capsule<DLManagedTensorVersioned>(self, kVersionedCapsule); });
+  } else {
+    held->unversioned = {.dl_tensor = held->tensor(), .manager_ctx = held, .deleter = [](DLManagedTensor* self) {
+                           Export::release(self->manager_ctx);
+                         }};
+    capsule = PyCapsule_New(&held->unversioned, kCapsule,
+                            [](PyObject* self) { drop_capsule<DLManagedTensor>(self, kCapsule); });
+  }
+  if (capsule == nullptr) {
+    delete held;
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(capsule);
+}
+
+}  // namespace
+
+void bind_device_memory(py::module_& m) {
+  py::class_<DeviceMemory>(m, "DeviceMemory",
+                           R"(Memory of a CUDA device that heddle owns, for any library that reads DLPack:
+torch.from_dlpack(x), cupy.from_dlpack(x). It lives as long as somebody holds it.)")
+      .def("__dlpack__",
+           [](const DeviceMemory& self, py::kwargs options) {
+             return export_dlpack(self, options.contains("max_version") ? options["max_version"] : py::none());
+           })
+      .def("__dlpack_device__",
+           [](const DeviceMemory& self) { return py::make_tuple(static_cast<int>(kDLCUDA), self.view.device.index); });
+}
+
+py::object view_of_memory(const TensorView& view, py::handle owner) {
+  if (view.device.type != DeviceType::kCpu) {
+    py::object memory = py::cast(DeviceMemory{view, py::reinterpret_borrow<py::object>(owner)});
+    if (torch_tensor_type() == nullptr) return memory;
+    return py::module_::import("torch").attr("from_dlpack")(memory);
+  }
   py::array::ShapeContainer shape(view.shape.begin(), view.shape.begin() + view.rank);
   py::array::StridesContainer strides(view.strides.begin(), view.strides.begin() + view.rank);
   for (auto& stride : *strides) stride *= static_cast<py::ssize_t>(size_of(view.dtype));

@@ -46,8 +46,10 @@ void require_same_kind(const Array& array, const char* argument, const Array& ex
 
 // A new array of the kind and on the device of `like`, not initialised.
 Array empty(std::span<const std::int64_t> shape, DType dtype, const Array& like);
-// A numpy array over memory that `owner` keeps.
-py::array numpy_view(const TensorView& view, py::handle owner);
+// An array over memory that `owner` keeps: a numpy array; on a device a torch tensor where torch has been imported, and
+// else an object that other libraries read through __dlpack__.
+py::object view_of_memory(const TensorView& view, py::handle owner);
+void bind_device_memory(py::module_& m);  // the class of those objects
 
 // The stream that the caller's library queues work on (CUDA), for the device of `array`.
 Stream current_stream(const Array& array);

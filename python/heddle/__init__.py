@@ -22,6 +22,8 @@ from heddle._core import (
     num_threads,
     set_host_isa,
     set_num_threads,
+    set_validation,
+    validation,
 )
 from heddle._errors import (
     HeddleError,
@@ -62,4 +64,6 @@ __all__ = [
     "select",
     "set_host_isa",
     "set_num_threads",
+    "set_validation",
+    "validation",
 ]

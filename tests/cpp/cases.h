@@ -48,6 +48,7 @@ struct Case {
   bool lengths = false;  // token lists come with lengths
 
   bool gaps = false;         // tensors with strides of all sorts, memory between rows poisoned
+  std::int64_t align = 1;    // with gaps: strides and starts are multiples of so many elements
   bool poison_seen = false;  // NaN and infinities in keys that some queries see: those that do not must not notice
   double spread = 1.0;       // standard deviation of q
   std::uint64_t seed = 0;

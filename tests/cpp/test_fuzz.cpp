@@ -5,11 +5,9 @@
 // one) in the environment.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <set>
-#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -17,131 +15,30 @@
 #include "cases.h"
 #include <gtest/gtest.h>
 
-#include "support/naive.h"
+#include "support/judge.h"
 #include "support/sample.h"
 
 namespace heddle::testing {
 namespace {
-
-std::uint64_t environment(const char* name, std::uint64_t otherwise) {
-  const char* text = std::getenv(name);
-  return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
-}
 
 std::vector<std::string> isas() {
   const char* one = std::getenv("HEDDLE_ISA");
   return one == nullptr ? available_host_isas() : std::vector<std::string>{one};
 }
 
-// The largest relative error of a rounding to nearest.
-double unit_roundoff(DType dtype) {
-  return dtype == DType::kBFloat16  ? 0x1p-8
-         : dtype == DType::kFloat16 ? 0x1p-11
-         : dtype == DType::kFloat32 ? 0x1p-24
-                                    : 0x1p-53;
-}
-
-// What a query of a request came to, on some backend.
-struct Values {
-  std::vector<double> out, lse;
-};
-
-Values read(const Sample& sample, const Output& output, std::int64_t b) {
-  const Case& c = sample.spec();
-  Values values;
-  const std::int64_t q_len = sample.requests()[static_cast<std::size_t>(b)].q_len;
-  for (std::int64_t i = 0; i < q_len; ++i) {
-    for (std::int64_t h = 0; h < c.q_heads; ++h) {
-      for (std::int64_t d = 0; d < c.dim_v; ++d) values.out.push_back(output.out_at(sample, b, i, h, d));
-    }
-  }
-  for (std::int64_t h = 0; c.lse && h < c.q_heads; ++h) {
-    for (std::int64_t i = 0; i < q_len; ++i) values.lse.push_back(output.lse_at(sample, b, h, i));
-  }
-  return values;
-}
-
-// Largest |a - b| where b is finite.
-double max_error(const std::vector<double>& a, const std::vector<double>& b) {
-  double error = 0.0;
-  for (std::size_t n = 0; n < b.size(); ++n) {
-    if (std::isfinite(b[n])) error = std::max(error, std::fabs(a[n] - b[n]));
-  }
-  return error;
-}
-
-// The first difference above `tolerance(n)` as text, or nothing. Infinities must be the same; where the oracle says NaN
-// (a key that is seen holds it) anything goes.
-template <class Tolerance>
-std::string difference(const std::string& what, const std::vector<double>& got, const std::vector<double>& expected,
-                       Tolerance&& tolerance) {
-  for (std::size_t n = 0; n < expected.size(); ++n) {
-    if (std::isnan(expected[n])) continue;
-    const bool right =
-        std::isinf(expected[n]) ? got[n] == expected[n] : std::fabs(got[n] - expected[n]) <= tolerance(n);
-    if (right) continue;
-    std::ostringstream text;
-    text << what << " element " << n << ": " << got[n] << ", the oracle has " << expected[n] << " (allowed error "
-         << tolerance(n) << ")";
-    return std::move(text).str();
-  }
-  return {};
-}
-
 // Why a case fails, or an empty string.
 std::string failure_of(const Case& c) {
   const Sample sample(c);
-  const bool quantized_q = c.q == DType::kInt8;
-  const DType out_dtype = quantized_q ? DType::kFloat32 : c.q;
-  const DType probability = sample.rounds_probabilities() ? DType::kBFloat16 : DType::kFloat32;
-
+  const DType out_dtype = c.q == DType::kInt8 ? DType::kFloat32 : c.q;
   set_num_threads(2);
-  Output oracle_output(sample, DType::kFloat64, DType::kFloat64);
-  oracle_output.run(sample, Backend::kReference, c.schedule);
-  if (!oracle_output.rest_untouched(sample)) return "reference: wrote outside its output";
-
-  std::vector<Values> oracle;
-  std::vector<Result> naive;
-  double out_error = 0.0, lse_error = 0.0;
-  for (std::int64_t b = 0; b < c.batch; ++b) {
-    const Values& exact = oracle.emplace_back(read(sample, oracle_output, b));
-    const Result& plain = naive.emplace_back(naive_attention<double>(sample, b, DType::kFloat64, DType::kFloat64));
-    std::string why = difference("reference: out", exact.out, plain.out,
-                                 [&](std::size_t n) { return 1e-12 * (1.0 + plain.size[n]); });
-    if (why.empty() && c.lse) {
-      why = difference("reference: lse", exact.lse, plain.lse,
-                       [&](std::size_t n) { return 1e-12 * (1.0 + std::fabs(plain.lse[n])); });
-    }
-    if (!why.empty()) return why + " in request " + std::to_string(b);
-    const Result rounded = naive_attention<float>(sample, b, probability, out_dtype);
-    out_error = std::max(out_error, max_error(rounded.out, exact.out));
-    if (c.lse) lse_error = std::max(lse_error, max_error(rounded.lse, exact.lse));
-  }
-
-  std::vector<std::byte> first_bits;
+  const Judge judge(sample, sample.rounds_probabilities() ? DType::kBFloat16 : DType::kFloat32, out_dtype);
+  if (const std::string why = judge.oracle_failure(); !why.empty()) return why;
   for (const std::string& isa : isas()) {
     set_host_isa(isa);
     set_num_threads(static_cast<int>(c.threads));
     Output output(sample, out_dtype, DType::kFloat32);
     output.run(sample, Backend::kHost, c.schedule);
-    if (!output.rest_untouched(sample)) return isa + ": wrote outside its output";
-    for (std::int64_t b = 0; b < c.batch; ++b) {
-      const Values got = read(sample, output, b), &exact = oracle[static_cast<std::size_t>(b)];
-      const std::vector<double>& size = naive[static_cast<std::size_t>(b)].size;
-      // Twice the error of the plain formula in the same dtypes; or, as that one may be lucky when there are few
-      // values, one rounding of each probability and of the output.
-      std::string why = difference(isa + ": out", got.out, exact.out, [&](std::size_t n) {
-        const double roundings =
-            unit_roundoff(probability) * size[n] + unit_roundoff(out_dtype) * std::fabs(exact.out[n]);
-        return std::max(2.0 * out_error, roundings) + 1e-5;
-      });
-      if (why.empty()) {
-        why = difference(isa + ": lse", got.lse, exact.lse, [&](std::size_t n) {
-          return 2.0 * lse_error + 1e-5 + 4.0 * unit_roundoff(DType::kFloat32) * std::fabs(exact.lse[n]);
-        });
-      }
-      if (!why.empty()) return why + " in request " + std::to_string(b);
-    }
+    if (const std::string why = judge.failure(isa, output); !why.empty()) return why;
     // The same bits whoever computes what.
     set_num_threads(static_cast<int>(c.threads % 3 + 1));
     Output again(sample, out_dtype, DType::kFloat32);

@@ -587,7 +587,8 @@ TEST(Store, RefusesBadConfigs) {
   refuse(ErrorCode::kValue, "partition", [](CacheConfig& c) { c.format = CacheFormat::kInt8A, c.partition = 3; });
   refuse(ErrorCode::kValue, "partition", [](CacheConfig& c) { c.format = CacheFormat::kInt8A, c.partition = 0; });
   refuse(ErrorCode::kValue, "format", [](CacheConfig& c) { c.format = static_cast<CacheFormat>(99); });
-  refuse(ErrorCode::kUnsupported, "device", [](CacheConfig& c) { c.device = {DeviceType::kCuda, 0}; });
+  refuse(ErrorCode::kDevice, "device", [](CacheConfig& c) { c.device = {DeviceType::kCuda, 99}; });
+  refuse(ErrorCode::kDevice, "device", [](CacheConfig& c) { c.device = {DeviceType::kCuda, -1}; });
   refuse(ErrorCode::kCapacity, "num_pages",
          [](CacheConfig& c) { c.num_pages = c.page_size = c.head_dim = std::numeric_limits<std::int32_t>::max(); });
 }

@@ -75,6 +75,181 @@ def test_devices_do_not_mix(parts):
         heddle.merge(outs.cuda(), lses)
     assert (caught.value.argument, caught.value.code) == ("lses", "device")
     with pytest.raises(heddle.HeddleNotImplementedError, match="CUDA"):
-        heddle.attention(*[outs[0].cuda()] * 3)
+        heddle.attention(*[outs[0].cuda()] * 3, backend="host")
     with pytest.raises(heddle.HeddleTypeError):
         heddle.merge(outs.cuda(), np.zeros((3, 2, 4, 500), np.float32))
+
+
+FORMATS = ["fp32", "bf16", "fp16", "int8-baseline", "int8-a", "int8-b", "fp8"]
+PARTS = ("k", "v", "k_scale", "v_scale")
+
+
+def supported(call, *arguments, **options):
+    """The call, or a skip where this backend does not have it yet."""
+    try:
+        return call(*arguments, **options)
+    except heddle.HeddleNotImplementedError as error:
+        pytest.skip(str(error))
+
+
+def caches(format, **options):
+    partition = {"partition": 4} if format == "int8-a" else {}
+    return [heddle.KVCache(12, 16, 2, 64, format=format, device=d, **partition, **options) for d in ("cpu", "cuda")]
+
+
+def as_bytes(part):
+    part = part.cpu().contiguous().view(torch.uint8).numpy() if isinstance(part, torch.Tensor) else part
+    return part.view(np.uint8)
+
+
+@pytest.fixture
+def table():
+    return torch.randperm(12, generator=torch.Generator().manual_seed(0)).reshape(3, 4).int()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_append(rng, table, format):
+    """The bits of the host's cache, and views of them as tensors of the GPU."""
+    host, gpu = caches(format)
+    assert (gpu.device, gpu.nbytes) == ("cuda:0", host.nbytes)
+    start, gpu_start = torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32, device="cuda")
+    for n in (20, 1, 5):
+        k, v = (to_torch(normal(rng, 3, n, 2, 64)).bfloat16() for _ in range(2))
+        start = host.append(k, v, table, start)
+        gpu_start = gpu.append(k.cuda(), v.cuda(), table.cuda(), gpu_start)
+        assert gpu_start.is_cuda
+        assert torch.equal(gpu_start.cpu(), start)
+    for name in PARTS:
+        expected, got = getattr(host, name), getattr(gpu, name)
+        assert (expected is None) == (got is None)
+        if got is not None:
+            assert got.is_cuda
+            np.testing.assert_array_equal(as_bytes(got), as_bytes(expected), err_msg=name)
+    torch.testing.assert_close(gpu.value_norms.cpu(), to_torch(host.value_norms), rtol=2e-7, atol=0)
+    assert (gpu.saturated, gpu.saturation.item()) == (host.saturated, host.saturated)
+    assert gpu.kv_calibrated
+
+
+def test_storage_outlives_the_cache(rng, table):
+    gpu = caches("bf16")[1]
+    k = to_torch(normal(rng, 3, 1, 2, 64)).bfloat16().cuda()
+    gpu.append(k, k, table.cuda(), torch.zeros(3, dtype=torch.int32, device="cuda"))
+    keys = gpu.k
+    expected = keys.clone()
+    del gpu
+    torch.cuda.synchronize()
+    others = [heddle.KVCache(12, 16, 2, 64, device="cuda") for _ in range(4)]
+    assert torch.equal(keys, expected)
+    assert all(other.k.data_ptr() != keys.data_ptr() for other in others)
+
+
+def test_append_and_decode_in_a_graph(rng, table):
+    """Captured once; lengths advance on the device between replays."""
+    host, gpu = caches("bf16")
+    table_gpu = table.cuda()
+    q, k, v = (torch.zeros(3, 1, h, 64, dtype=torch.bfloat16, device="cuda") for h in (8, 2, 2))
+    start = torch.zeros(3, dtype=torch.int32, device="cuda")
+    seq_lens = gpu.append(k, v, table_gpu, start)
+    supported(heddle.decode, q, gpu, table_gpu, seq_lens)
+    start.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        seq_lens = gpu.append(k, v, table_gpu, start)
+        out = heddle.decode(q, gpu, table_gpu, seq_lens)
+        start.copy_(seq_lens)
+    host_start = torch.zeros(3, dtype=torch.int32)
+    for _ in range(40):
+        new = [to_torch(normal(rng, 3, 1, h, 64)).bfloat16() for h in (8, 2, 2)]
+        for x, given in zip((q, k, v), new, strict=True):
+            x.copy_(given)
+        graph.replay()
+        host_start = host.append(new[1], new[2], table, host_start)
+        expected = heddle.decode(new[0], host, table, host_start, backend="reference")
+        torch.testing.assert_close(out.cpu(), expected, rtol=2e-2, atol=2e-2)
+    assert start.tolist() == [40] * 3
+
+
+def test_calls_run_on_the_current_stream(rng, table):
+    """Behind work that is still running on that stream, and without waiting for it."""
+    gpu = caches("bf16")[1]
+    table_gpu, start = table.cuda(), torch.zeros(3, dtype=torch.int32, device="cuda")
+    k = to_torch(normal(rng, 3, 2, 2, 64)).bfloat16().cuda()
+    gpu.append(torch.zeros_like(k), torch.zeros_like(k), table_gpu, start)
+    late = torch.zeros_like(k)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        late.copy_(k)
+        seq_lens = gpu.append(late, late, table_gpu, start)
+        waited = stream.query()
+    assert not waited
+    stream.synchronize()
+    assert seq_lens.tolist() == [2, 2, 2]
+    assert torch.equal(gpu.k[table_gpu[1, 0].long(), :, :2], k[1].transpose(0, 1))
+
+
+def test_validation_names_the_request(rng, table):
+    gpu = caches("bf16")[1]
+    k = to_torch(normal(rng, 3, 2, 2, 64)).bfloat16().cuda()
+    q = to_torch(normal(rng, 3, 1, 4, 64)).bfloat16().cuda()
+    start = torch.zeros(3, dtype=torch.int32, device="cuda")
+    bad_table = table.clone()
+    bad_table[2, 0] = 99
+    heddle.set_validation(True)
+    try:
+        assert heddle.validation()
+        with pytest.raises(heddle.HeddleValueError, match="99 of request 2"):
+            gpu.append(k, k, bad_table.cuda(), start)
+        seq_lens = gpu.append(k, k, table.cuda(), start)
+        with pytest.raises(heddle.HeddleValueError, match="99 of request 2"):
+            heddle.decode(q, gpu, bad_table.cuda(), seq_lens)
+        with pytest.raises(heddle.HeddleValueError, match="65 for request 1") as caught:
+            heddle.decode(q, gpu, table.cuda(), torch.tensor([2, 65, 2], dtype=torch.int32, device="cuda"))
+        assert (caught.value.argument, caught.value.code) == ("seq_lens", "capacity")
+        indices = torch.tensor([1, 0], dtype=torch.int32, device="cuda").expand(3, 2, 2)
+        with pytest.raises(heddle.HeddleValueError, match="ascending"):
+            heddle.decode(q, gpu, table.cuda(), seq_lens, selection=heddle.select.tokens(indices))
+        cu_seqlens = torch.tensor([0, 2, 1], dtype=torch.int32, device="cuda")
+        with pytest.raises(heddle.HeddleValueError, match="entry 2 is 1"):
+            heddle.attention(q[:, 0], k[:, 0], k[:, 0], cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+    finally:
+        heddle.set_validation(False)
+
+
+def test_tables_of_the_host_are_refused(rng, table):
+    gpu = caches("bf16")[1]
+    k = to_torch(normal(rng, 3, 2, 2, 64)).bfloat16().cuda()
+    with pytest.raises(heddle.HeddleValueError) as caught:
+        gpu.append(k, k, table, torch.zeros(3, dtype=torch.int32, device="cuda"))
+    assert (caught.value.argument, caught.value.code) == ("block_table", "device")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": (40, 0)}], ids=str)
+def test_attention(rng, dtype, options):
+    q, k, v = (to_torch(normal(rng, 2, s, h, 128)).to(dtype) for s, h in ((300, 8), (333, 2), (333, 2)))
+    expected, expected_lse = heddle.attention(q, k, v, return_lse=True, backend="reference", **options)
+    out, lse = supported(heddle.attention, q.cuda(), k.cuda(), v.cuda(), return_lse=True, **options)
+    assert heddle.last_kernel().startswith("sm90/attention")
+    assert (out.is_cuda, out.dtype) == (True, dtype)
+    torch.testing.assert_close(out.cpu(), expected, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS[1:])
+def test_decode(rng, table, format):
+    host, gpu = caches(format)
+    k, v = (to_torch(normal(rng, 3, 50, 2, 64)).bfloat16() for _ in range(2))
+    q = to_torch(normal(rng, 3, 2, 8, 64)).to(torch.float16 if format == "fp16" else torch.bfloat16)
+    for cache in (host, gpu):
+        where = cache.device
+        cache.calibrate(k.to(where), v.to(where), q.to(where))
+        seq_lens = cache.append(k.to(where), v.to(where), table.to(where), torch.zeros(3, dtype=torch.int32).to(where))
+    lengths = torch.tensor([50, 0, 17], dtype=torch.int32)
+    expected, expected_lse = heddle.decode(q, host, table, lengths, return_lse=True, backend="reference")
+    out, lse = supported(heddle.decode, q.cuda(), gpu, table.cuda(), lengths.cuda(), return_lse=True)
+    assert heddle.last_kernel().startswith("sm90/decode")
+    assert seq_lens.tolist() == [50, 50, 50]
+    torch.testing.assert_close(out.cpu(), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-3, atol=1e-3)

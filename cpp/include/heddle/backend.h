@@ -51,6 +51,12 @@ HEDDLE_API std::string_view host_isa();
 HEDDLE_API void set_host_isa(std::string_view name);
 HEDDLE_API std::vector<std::string> available_host_isas();
 
+// The validating mode, off by default: calls with lengths, tables and token lists on a device copy them to the host and
+// check them there as they would those of the CPU, so that a bad one raises an error that names the request. Without
+// it nobody reads them but the kernels. Such a call waits for its stream, and cannot be captured in a graph.
+HEDDLE_API void set_validation(bool on);
+HEDDLE_API bool validation();
+
 // The kernel that the last call of this thread ran, e.g. "host/amx/attention bf16": what backend=auto chose.
 HEDDLE_API std::string last_kernel();
 

@@ -34,6 +34,14 @@ struct CacheConfig {
   Device device{};
 };
 
+// Memory of a cache that the caller keeps, for engines that allocate by themselves: each part that the format has,
+// contiguous, of the dtype and shape of KVCache's view of the same name, on the cache's device. Zeroed at first; its
+// contents are the cache's state, so several KVCache objects over the same memory are the same cache.
+struct CacheStorage {
+  TensorView k{}, v{}, k_scale{}, v_scale{}, q_scale{}, value_norms{};
+  TensorView saturation{};
+};
+
 // Pages of page_size tokens. Page p holds, for each KV head, its tokens' keys one after the other:
 // k [num_pages, Hkv, page_size, D], v [num_pages, Hkv, page_size, Dv]. Token t of request b lies in page
 // block_table[b, t / page_size], slot t % page_size. Requests may share pages.
@@ -41,6 +49,8 @@ struct CacheConfig {
 class HEDDLE_API KVCache {
  public:
   explicit KVCache(const CacheConfig& config);
+  // Over the caller's memory. On a device its static scales count as calibrated.
+  KVCache(const CacheConfig& config, const CacheStorage& storage);
   ~KVCache();
   KVCache(KVCache&&) noexcept;
   KVCache& operator=(KVCache&&) noexcept;
@@ -54,24 +64,29 @@ class HEDDLE_API KVCache {
   TensorView v_scale() const noexcept;      // float32 [1] for int8 and fp8; else not given
   TensorView q_scale() const noexcept;      // float32 [1] for int8-baseline; else not given
   TensorView value_norms() const noexcept;  // float32 [num_pages, Hkv, page_size]: |v|_2 as it was before quantization
+  TensorView saturation() const noexcept;   // int64 [1]: values clamped by a static scale since construction
 
   // Sets the static per-tensor scales from sample data (k, v, q: float [B, S, H, D] or [total, H, D]). Never called,
   // the first append calibrates K and V from its own tokens and the first decode Q. Calibrating a cache that holds
-  // tokens is kValue.
-  void calibrate(const TensorView& k, const TensorView& v, const TensorView& q = {});
+  // tokens is kValue. On a device, calibrating waits for the stream, so do the first append and the first decode that
+  // calibrate by themselves: before a graph is captured, call this.
+  void calibrate(const TensorView& k, const TensorView& v, const TensorView& q = {}, Stream stream = {});
   bool kv_calibrated() const noexcept;
   bool q_calibrated() const noexcept;
-  void calibrate_q(const TensorView& q);
+  void calibrate_q(const TensorView& q, Stream stream = {});
 
   // Writes request b's new tokens at positions start[b], start[b] + 1, ...: k [B, S, Hkv, D], v [B, S, Hkv, Dv], or
   // packed [total, Hkv, D] with cu_seqlens int32 [B + 1]. block_table int32 [B, max_pages], start int32 [B]. seq_lens
   // (int32 [B], written) becomes start[b] + new tokens. All or nothing: a bad table, a full cache or NaN in quantized
   // data leaves everything as it was. int8-a with partition > 1: a token that raises the maximum of its open partition
   // re-quantizes that partition.
+  // On a device the tables and lengths lie there too and are checked in the validating mode alone (set_validation):
+  // without it, tokens that have no page in the table or in the cache are not written, and NaN or Inf in quantized data
+  // becomes the largest value and counts as saturated. seq_lens may not lie in the memory of start.
   void append(const TensorView& k, const TensorView& v, const TensorView& block_table, const TensorView& start,
-              const TensorView& seq_lens, const TensorView& cu_seqlens = {});
+              const TensorView& seq_lens, const TensorView& cu_seqlens = {}, Stream stream = {});
 
-  std::int64_t saturated() const noexcept;  // values clamped by a static scale since construction
+  std::int64_t saturated() const;           // saturation()[0]; on a device, waits for it
   double bytes_per_token() const noexcept;  // K, V, scales and value norms, all KV heads
   std::int64_t nbytes() const noexcept;
 

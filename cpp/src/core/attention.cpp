@@ -9,6 +9,8 @@
 
 #include "core/check.h"
 #include "core/dispatch.h"
+#include "core/front_end.h"
+#include "core/readable.h"
 #include "heddle/decode.h"
 
 namespace heddle {
@@ -203,6 +205,15 @@ void set_options(const Params& params, Problem& problem) {
   problem.stream = params.stream;
 }
 
+void check_at_most(std::string_view argument, const TensorView& view, int axis, std::string_view name,
+                   std::int64_t tokens, std::int64_t block) {
+  const std::int64_t most = ceil_div(tokens, block);
+  if (view.shape[axis] <= most) return;
+  check::fail(ErrorCode::kShape, argument,
+              check::text("axis ", axis, " (", name, ") is ", view.shape[axis], "; allowed are at most ", most,
+                          ", for ", tokens, " tokens in blocks of ", block));
+}
+
 // mask [nQ, nK], [H, nQ, nK] or [B, H, nQ, nK].
 void check_block_mask(const select::BlockMask& selection, const Problem& problem) {
   const TensorView& mask = selection.mask;
@@ -212,16 +223,22 @@ void check_block_mask(const select::BlockMask& selection, const Problem& problem
   check::device("mask", mask, problem.device, "q");
   check::at_least("block", selection.block_q, 1, "the number of queries");
   check::at_least("block", selection.block_k, 1, "the number of keys");
-  std::int64_t q_len = 0, kv_len = 0;
-  for (const Request& request : problem.requests) {
-    q_len = std::max(q_len, request.q_len);
-    kv_len = std::max(kv_len, request.kv_len);
-  }
   const int row_axis = mask.rank - 2;
-  check::axis("mask", mask, row_axis, "query blocks", ceil_div(q_len, selection.block_q),
-              check::text("for ", q_len, " queries in blocks of ", selection.block_q));
-  check::axis("mask", mask, row_axis + 1, "key blocks", ceil_div(kv_len, selection.block_k),
-              check::text("for ", kv_len, " keys in blocks of ", selection.block_k));
+  if (problem.requests.empty() && problem.on_device.size > 0) {
+    // The longest request is not known here; what the shapes allow is.
+    check_at_most("mask", mask, row_axis, "query blocks", problem.on_device.max_q_len, selection.block_q);
+    check_at_most("mask", mask, row_axis + 1, "key blocks", problem.on_device.max_kv_len, selection.block_k);
+  } else {
+    std::int64_t q_len = 0, kv_len = 0;
+    for (const Request& request : problem.requests) {
+      q_len = std::max(q_len, request.q_len);
+      kv_len = std::max(kv_len, request.kv_len);
+    }
+    check::axis("mask", mask, row_axis, "query blocks", ceil_div(q_len, selection.block_q),
+                check::text("for ", q_len, " queries in blocks of ", selection.block_q));
+    check::axis("mask", mask, row_axis + 1, "key blocks", ceil_div(kv_len, selection.block_k),
+                check::text("for ", kv_len, " keys in blocks of ", selection.block_k));
+  }
   if (mask.rank >= 3) {
     const std::int64_t heads = mask.shape[row_axis - 1];
     if (heads != 1 && heads != problem.num_kv_heads && heads != problem.num_q_heads) {
@@ -230,8 +247,9 @@ void check_block_mask(const select::BlockMask& selection, const Problem& problem
                               " (KV heads) and ", problem.num_q_heads, " (query heads)"));
     }
   }
-  const auto batch = static_cast<std::int64_t>(problem.requests.size());
-  if (mask.rank == 4 && mask.shape[0] != 1) check::axis("mask", mask, 0, "batch", batch, "the requests (or 1)");
+  if (mask.rank == 4 && mask.shape[0] != 1) {
+    check::axis("mask", mask, 0, "batch", problem.batch(), "the requests (or 1)");
+  }
 }
 
 // One list: ascending in [0, kv_len), -1 only at its end.
@@ -269,7 +287,7 @@ void check_tokens(const select::Tokens& selection, const Problem& problem, std::
   const TensorView& lengths = selection.lengths;
   check::index_array("indices", indices, problem.device, "q");
   check::rank("indices", indices, problem.packed ? std::initializer_list<int>{3} : std::initializer_list<int>{3, 4});
-  const auto batch = static_cast<std::int64_t>(problem.requests.size());
+  const std::int64_t batch = problem.batch();
   const bool per_query = indices.rank == 4 || (problem.packed && indices.shape[0] != batch);
   const int head_axis = indices.rank - 2;
   if (indices.rank == 4) {
@@ -293,7 +311,8 @@ void check_tokens(const select::Tokens& selection, const Problem& problem, std::
       check::shape("lengths", lengths, {indices.shape[0], indices.shape[1]});
     }
   }
-  if (!on_cpu(problem)) return;
+  const Readable list_entries(indices, problem.stream), list_lengths(lengths, problem.stream);
+  if (!list_entries.readable()) return;
   for (std::int64_t b = 0; b < batch; ++b) {
     const Request& request = problem.requests[b];
     const std::int64_t lists = per_query ? request.q_len : 1;
@@ -303,19 +322,19 @@ void check_tokens(const select::Tokens& selection, const Problem& problem, std::
           if (indices.rank == 4) return b * t.strides[0] + i * t.strides[1] + h * t.strides[2];
           return (per_query ? request.q_first + i : b) * t.strides[0] + h * t.strides[1];
         };
-        const std::int32_t* length = lengths.given() ? lengths.as<const std::int32_t>() + offset(lengths) : nullptr;
+        const std::int32_t* length = lengths.given() ? list_lengths.data() + offset(list_lengths.view()) : nullptr;
         const auto place = [&] {
           return per_query ? check::text("request ", b, ", query ", i, ", KV head ", h)
                            : check::text("request ", b, ", KV head ", h);
         };
-        check_token_list(indices.as<std::int32_t>() + offset(indices), capacity, length, request.kv_len, place);
+        check_token_list(list_entries.data() + offset(list_entries.view()), capacity, length, request.kv_len, place);
       }
     }
   }
 }
 
-// The requests are known. num_tokens: Sq, or all queries of a packed batch. Windows and strides were checked when the
-// selection was made.
+// The requests are known, or as much of them as the host can. num_tokens: Sq, or all queries of a packed batch. Windows
+// and strides were checked when the selection was made.
 void check_selection(const Problem& problem, std::int64_t num_tokens) {
   if (const auto* mask = std::get_if<select::BlockMask>(&problem.selection->kind())) check_block_mask(*mask, problem);
   if (const auto* tokens = std::get_if<select::Tokens>(&problem.selection->kind())) {
@@ -325,7 +344,7 @@ void check_selection(const Problem& problem, std::int64_t num_tokens) {
 
 }  // namespace
 
-void attention(const AttentionParams& params) {
+Problem problem_of(const AttentionParams& params) {
   const TensorView &q = params.q, &k = params.k, &v = params.v;
   Problem problem;
   problem.packed = params.cu_seqlens_q.given() || params.cu_seqlens_k.given();
@@ -370,20 +389,22 @@ void attention(const AttentionParams& params) {
       check::axis_not_empty(name, *view, 0, "requests + 1");
     }
     check::axis("cu_seqlens_k", cu_k, 0, "requests + 1", cu_q.shape[0], "as in cu_seqlens_q");
-    if (on_cpu(problem)) {
-      check::cu_seqlens("cu_seqlens_q", cu_q, q.shape[0], "q");
-      check::cu_seqlens("cu_seqlens_k", cu_k, k.shape[0], "k");
-      const auto *q_at = cu_q.as<const std::int32_t>(), *k_at = cu_k.as<const std::int32_t>();
-      for (std::int64_t b = 0; b + 1 < cu_q.shape[0]; ++b) {
-        problem.requests.push_back(
-            {.q_len = q_at[b + 1] - q_at[b], .kv_len = k_at[b + 1] - k_at[b], .q_first = q_at[b], .k_first = k_at[b]});
-      }
-    } else {
+    if (!on_cpu(problem)) {
       problem.on_device = {.size = cu_q.shape[0] - 1,
                            .max_q_len = q.shape[0],
                            .max_kv_len = k.shape[0],
                            .cu_seqlens_q = cu_q.as<const std::int32_t>(),
                            .cu_seqlens_k = cu_k.as<const std::int32_t>()};
+    }
+    if (const Readable at_q(cu_q, params.stream), at_k(cu_k, params.stream); at_q.readable()) {
+      check::cu_seqlens("cu_seqlens_q", at_q.view(), q.shape[0], "q");
+      check::cu_seqlens("cu_seqlens_k", at_k.view(), k.shape[0], "k");
+      for (std::int64_t b = 0; b + 1 < cu_q.shape[0]; ++b) {
+        problem.requests.push_back({.q_len = at_q.data()[b + 1] - at_q.data()[b],
+                                    .kv_len = at_k.data()[b + 1] - at_k.data()[b],
+                                    .q_first = at_q.data()[b],
+                                    .k_first = at_k.data()[b]});
+      }
     }
   } else {
     for (std::int64_t b = 0; b < q.shape[0]; ++b) {
@@ -391,10 +412,11 @@ void attention(const AttentionParams& params) {
     }
   }
   check_selection(problem, problem.packed ? q.shape[0] : q.shape[1]);
-  run(find_row(Operation::kAttention, params.backend, features_of(problem)), problem);
+  if (problem.on_device.size > 0) problem.requests.clear();  // read for the checks alone
+  return problem;
 }
 
-void decode(const DecodeParams& params) {
+Problem problem_of(const DecodeParams& params) {
   const TensorView &q = params.q, &table = params.block_table, &seq_lens = params.seq_lens;
   if (params.cache == nullptr) check::fail(ErrorCode::kValue, "cache", "not given; a KVCache is needed");
   KVCache& cache = *params.cache;
@@ -446,28 +468,46 @@ void decode(const DecodeParams& params) {
                          .table_stride = table.strides[0],
                          .num_pages = config.num_pages};
   }
-  for (std::int64_t b = 0; on_cpu(problem) && b < q.shape[0]; ++b) {
-    const std::int64_t tokens = seq_lens.as<const std::int32_t>()[b];
+  const Readable lengths(seq_lens, params.stream), pages(table, params.stream);
+  for (std::int64_t b = 0; lengths.readable() && b < q.shape[0]; ++b) {
+    const std::int64_t tokens = lengths.data()[b];
     const std::int64_t capacity = table.shape[1] * config.page_size;
     if (tokens < 0 || tokens > capacity) {
       check::fail(tokens < 0 ? ErrorCode::kValue : ErrorCode::kCapacity, "seq_lens",
                   check::text(tokens, " for request ", b, "; allowed are 0 to ", capacity, ", the tokens of ",
                               table.shape[1], " pages of block_table"));
     }
-    check::block_table(table, b, tokens, config.page_size, config.num_pages);
+    check::block_table(pages.view(), b, tokens, config.page_size, config.num_pages);
     problem.requests.push_back({.q_len = q.shape[1],
                                 .kv_len = tokens,
                                 .q_page = b,
                                 .pages = table.as<const std::int32_t>() + b * table.strides[0]});
   }
   check_selection(problem, q.shape[1]);
+  if (problem.on_device.size > 0) problem.requests.clear();  // read for the checks alone
 
   problem.quantize_q = config.format == CacheFormat::kInt8Baseline || config.format == CacheFormat::kInt8A ||
                        config.format == CacheFormat::kInt8B;
+  return problem;
+}
+
+void attention(const AttentionParams& params) {
+  const Problem problem = problem_of(params);
+  run(find_row(Operation::kAttention, params.backend, features_of(problem)), problem);
+}
+
+void decode(const DecodeParams& params) {
+  Problem problem = problem_of(params);
   const Row& row = find_row(Operation::kDecode, params.backend, features_of(problem));
-  if (config.format == CacheFormat::kInt8Baseline && q.numel() > 0) {
-    if (!cache.q_calibrated()) cache.calibrate_q(q);
-    problem.q_static_scale = *cache.q_scale().as<const float>();
+  KVCache& cache = *params.cache;
+  if (cache.q_scale().given() && params.q.numel() > 0) {
+    if (!cache.q_calibrated()) cache.calibrate_q(params.q, params.stream);
+    const auto* scale = cache.q_scale().as<const float>();
+    if (on_cpu(problem)) {
+      problem.q_static_scale = *scale;
+    } else {
+      problem.q_static_scale_on_device = scale;
+    }
   }
   run(row, problem);
 }

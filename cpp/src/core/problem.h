@@ -50,7 +50,9 @@ struct Request {
 };
 
 // The lengths of a batch on a device, which the host does not read: decode and packed batches. `requests` is then
-// empty, and a request's tokens follow from these as they follow from a Request on the host.
+// empty, and a request's tokens follow from these as they follow from a Request on the host. So nobody has checked them
+// (unless set_validation() is on): a kernel that is handed nonsense may compute nonsense, and must not write outside
+// `out` and `lse`. A block mask may have fewer blocks than these bounds allow; blocks beyond it are not seen.
 struct DeviceBatch {
   std::int64_t size = 0;                       // requests; 0: the lengths are in `requests`
   std::int64_t max_q_len = 0, max_kv_len = 0;  // what the shapes allow; a request may be shorter
@@ -80,15 +82,20 @@ struct Problem {
   const float* sinks = nullptr;  // [num_q_heads]
   const Selection* selection = nullptr;
   bool packed = false;
-  // int8 caches: quantize each query row on the way (0: do not; with q_static_scale > 0: by that scale)
+  // int8 caches: quantize each query row on the way, by max|q| / 127 of the row, or by a static scale: q_static_scale >
+  // 0, or on a device the number that lies at q_static_scale_on_device.
   bool quantize_q = false;
   float q_static_scale = 0.0f;
+  const float* q_static_scale_on_device = nullptr;
 
   Schedule schedule;
   Device device;
   Stream stream;
 
   std::int64_t group() const { return num_q_heads / num_kv_heads; }
+  std::int64_t batch() const {
+    return on_device.size > 0 ? on_device.size : static_cast<std::int64_t>(requests.size());
+  }
 };
 
 }  // namespace heddle

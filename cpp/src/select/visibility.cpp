@@ -186,7 +186,7 @@ bool token_lists_per_query(const Problem& problem) {
   const auto* sel = std::get_if<select::Tokens>(&problem.selection->kind());
   if (sel == nullptr) return false;
   if (sel->indices.rank == 4) return true;
-  return problem.packed && sel->indices.shape[0] != static_cast<std::int64_t>(problem.requests.size());
+  return problem.packed && sel->indices.shape[0] != problem.batch();
 }
 
 std::span<const std::int32_t> token_list(const Problem& problem, std::int64_t request, std::int64_t query,

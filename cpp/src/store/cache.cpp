@@ -4,7 +4,6 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <string>
 #include <utility>
@@ -12,17 +11,18 @@
 
 #include "core/check.h"
 #include "core/numeric.h"
+#include "core/readable.h"
 #include "core/threads.h"
+#include "cuda/launch.h"
 #include "host/quantize_kernels.h"
+#include "store/device.h"
+#include "store/memory.h"
 #include "store/rows.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace heddle {
 namespace {
 
+using store::Memory;
 using store::TokenRows;
 
 struct FormatInfo {
@@ -49,43 +49,6 @@ const FormatInfo* info_of(CacheFormat format) {
 }
 
 bool is_quantized(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kFloat8E4M3; }
-
-// Zeroed memory at a multiple of 64 bytes. The system hands it out page by page when it is first touched, so a large
-// cache costs what it holds.
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(std::int64_t bytes) : bytes_(bytes) {
-    memory_.reset(std::calloc(static_cast<std::size_t>(bytes) + kAlignment, 1));
-    if (memory_ == nullptr) {
-      check::fail(ErrorCode::kCapacity, "num_pages",
-                  check::text("the system refused an allocation of ", bytes, " bytes; allowed are fewer pages"));
-    }
-#if defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t kSmallPage = 4096;
-    constexpr std::int64_t kHugePage = 2 << 20;
-    if (bytes < 2 * kHugePage) return;
-    const auto first = (reinterpret_cast<std::uintptr_t>(memory_.get()) + kSmallPage - 1) / kSmallPage * kSmallPage;
-    // A wish: nothing is lost if the system does not grant it.
-    madvise(reinterpret_cast<void*>(first), static_cast<std::size_t>(bytes) / kSmallPage * kSmallPage - kSmallPage,
-            MADV_HUGEPAGE);
-#endif
-  }
-  template <class T>
-  T* as() const {
-    const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
-    return reinterpret_cast<T*>((address + kAlignment - 1) / kAlignment * kAlignment);
-  }
-  std::int64_t bytes() const { return bytes_; }
-
- private:
-  static constexpr std::size_t kAlignment = 64;
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> memory_;
-  std::int64_t bytes_ = 0;
-};
 
 // Consecutive new tokens of one request that lie in one page.
 struct Piece {
@@ -127,10 +90,7 @@ CacheConfig checked(CacheConfig config) {
                 check::text(config.partition, " with format ", to_string(config.format),
                             "; allowed is 1: only int8-a has scales per partition"));
   }
-  if (config.device.type != DeviceType::kCpu) {
-    check::fail(ErrorCode::kUnsupported, "device",
-                check::text(to_string(config.device), "; a KV cache is offered on cpu only"));
-  }
+  store::check_available("device", config.device);
   return config;
 }
 
@@ -163,28 +123,38 @@ CacheFormat cache_format_from_string(std::string_view name) {
 struct KVCache::State {
   CacheConfig config;
   DType dtype = DType::kFloat32;
-  Buffer k, v, norms, k_scale, v_scale, q_scale;
+  Memory k, v, norms, k_scale, v_scale, q_scale, saturation;
   bool holds_tokens = false;
-  std::int64_t saturated = 0;
+  // On a device, whose scales the host does not read: whether they are set.
+  bool kv_set = false, q_set = false;
   // Scratch of append, kept so that appending a token does not allocate.
   std::vector<Piece> pieces;
   std::vector<Claim> claims;
 
-  explicit State(const CacheConfig& wanted) : config(checked(wanted)), dtype(info_of(config.format)->dtype) {
+  // With `storage`, over the caller's memory.
+  State(const CacheConfig& wanted, const CacheStorage* storage)
+      : config(checked(wanted)), dtype(info_of(config.format)->dtype), kv_set(storage != nullptr), q_set(kv_set) {
     const CacheConfig& c = config;
     const auto size = static_cast<std::int64_t>(size_of(dtype));
     const std::int64_t k_bytes = byte_count({c.num_pages, c.num_kv_heads, c.page_size, c.head_dim, size});
     const std::int64_t v_bytes = byte_count({c.num_pages, c.num_kv_heads, c.page_size, c.head_dim_v, size});
     const std::int64_t slot_bytes = byte_count({c.num_pages, c.num_kv_heads, c.page_size, 4});
-    k = Buffer(k_bytes);
-    v = Buffer(v_bytes);
-    norms = Buffer(slot_bytes);
+    const auto memory = [&](std::int64_t bytes, std::string_view name, TensorView CacheStorage::* part) {
+      if (storage == nullptr) return Memory(bytes, c.device);
+      return Memory(name, storage->*part, bytes, c.device);
+    };
+    k = memory(k_bytes, "k", &CacheStorage::k);
+    v = memory(v_bytes, "v", &CacheStorage::v);
+    norms = memory(slot_bytes, "value_norms", &CacheStorage::value_norms);
     if (is_quantized(dtype)) {
-      k_scale = Buffer(partitioned() ? slot_bytes / c.partition : 4);
-      v_scale = Buffer(4);
+      k_scale = memory(partitioned() ? slot_bytes / c.partition : 4, "k_scale", &CacheStorage::k_scale);
+      v_scale = memory(4, "v_scale", &CacheStorage::v_scale);
     }
-    if (static_q()) q_scale = Buffer(4);
+    if (static_q()) q_scale = memory(4, "q_scale", &CacheStorage::q_scale);
+    saturation = memory(8, "saturation", &CacheStorage::saturation);
   }
+
+  bool on_cpu() const { return config.device.type == DeviceType::kCpu; }
 
   bool partitioned() const { return config.format == CacheFormat::kInt8A; }
   bool static_k() const { return is_quantized(dtype) && !partitioned(); }
@@ -193,8 +163,8 @@ struct KVCache::State {
 
   // A static scale of 0 has not been calibrated yet: its tokens so far, if any, were all zero, which reads the same
   // under any scale.
-  bool needs_k_scale() const { return static_k() && *k_scale.as<float>() == 0.0f; }
-  bool needs_v_scale() const { return static_v() && *v_scale.as<float>() == 0.0f; }
+  bool needs_k_scale() const { return static_k() && (on_cpu() ? *k_scale.as<float>() == 0.0f : !kv_set); }
+  bool needs_v_scale() const { return static_v() && (on_cpu() ? *v_scale.as<float>() == 0.0f : !kv_set); }
 
   // Row of (page, head, slot) in k, v or the norms, counted in rows.
   std::int64_t row(std::int64_t page, std::int64_t head, std::int64_t slot) const {
@@ -207,6 +177,9 @@ struct KVCache::State {
   std::int64_t write(const Piece& piece, const TokenRows& keys, const TokenRows& values, float k_static,
                      float v_static);
   std::int64_t write_partitions(const Piece& piece, std::int64_t head, const TokenRows& keys);
+  void append_on_device(const TensorView& k, const TensorView& v, const TensorView& block_table,
+                        const TensorView& start, const TensorView& seq_lens, const TensorView& cu_seqlens,
+                        Stream stream);
 };
 
 // Cuts the new tokens into pieces and checks that each has a place in the cache.
@@ -334,7 +307,72 @@ std::int64_t KVCache::State::write(const Piece& piece, const TokenRows& keys, co
   return clamped;
 }
 
-KVCache::KVCache(const CacheConfig& config) : state_(std::make_unique<State>(config)) {}
+// Enqueues the append, and waits for nothing once the scales are set, the validating mode aside.
+void KVCache::State::append_on_device(const TensorView& k_new, const TensorView& v_new, const TensorView& block_table,
+                                      const TensorView& start, const TensorView& seq_lens, const TensorView& cu_seqlens,
+                                      Stream stream) {
+  const std::int64_t batch = block_table.shape[0];
+  store::check_apart("seq_lens", seq_lens, "start", start);
+  const auto* token_limit = cu_seqlens.given() ? cu_seqlens.as<const std::int32_t>() + batch : nullptr;
+  const Readable pages(block_table, stream), first(start, stream), ends(cu_seqlens, stream);
+  if (pages.readable()) {
+    if (cu_seqlens.given()) check::cu_seqlens("cu_seqlens", ends.view(), k_new.shape[0], "k");
+    plan(TokenRows(k_new), pages.view(), first.view(), ends.view());
+    if (is_quantized(dtype)) {
+      store::device_scale("k", k_new, dtype, token_limit, stream);
+      store::device_scale("v", v_new, dtype, token_limit, stream);
+    }
+  }
+  if (k_new.numel() > 0 && (needs_k_scale() || needs_v_scale())) {
+    const float k_static = static_k() ? store::device_scale("k", k_new, dtype, token_limit, stream) : 0.0f;
+    const float v_static = store::device_scale("v", v_new, dtype, token_limit, stream);
+    if (static_k()) k_scale.write(k_static, stream);
+    v_scale.write(v_static, stream);
+    kv_set = v_static > 0.0f && (k_static > 0.0f || !static_k());  // zeros read the same under any scale
+  }
+  const CacheConfig& c = config;
+  cuda::launch_append({.k = store::device_rows(k_new),
+                       .v = store::device_rows(v_new),
+                       .k_pages = k.as<void>(),
+                       .v_pages = v.as<void>(),
+                       .dtype = dtype,
+                       .num_pages = c.num_pages,
+                       .page_size = c.page_size,
+                       .value_norms = norms.as<float>(),
+                       .k_scale = k_scale.as<float>(),
+                       .v_scale = v_scale.as<float>(),
+                       .partition = partitioned() ? c.partition : 0,
+                       .saturated = saturation.as<std::int64_t>(),
+                       .batch = batch,
+                       .table_pages = block_table.shape[1],
+                       .table_stride = block_table.strides[0],
+                       .block_table = block_table.as<const std::int32_t>(),
+                       .start = start.as<const std::int32_t>(),
+                       .cu_seqlens = cu_seqlens.as<const std::int32_t>(),
+                       .seq_lens = seq_lens.as<std::int32_t>(),
+                       .device = c.device.index,
+                       .stream = stream.handle});
+  holds_tokens = holds_tokens || k_new.numel() > 0;
+}
+
+KVCache::KVCache(const CacheConfig& config) : state_(std::make_unique<State>(config, nullptr)) {}
+KVCache::KVCache(const CacheConfig& config, const CacheStorage& storage)
+    : state_(std::make_unique<State>(config, &storage)) {
+  const CacheStorage wanted{.k = k(),
+                            .v = v(),
+                            .k_scale = k_scale(),
+                            .v_scale = v_scale(),
+                            .q_scale = q_scale(),
+                            .value_norms = value_norms(),
+                            .saturation = saturation()};
+  store::check_like("k", storage.k, wanted.k);
+  store::check_like("v", storage.v, wanted.v);
+  store::check_like("k_scale", storage.k_scale, wanted.k_scale);
+  store::check_like("v_scale", storage.v_scale, wanted.v_scale);
+  store::check_like("q_scale", storage.q_scale, wanted.q_scale);
+  store::check_like("value_norms", storage.value_norms, wanted.value_norms);
+  store::check_like("saturation", storage.saturation, wanted.saturation);
+}
 KVCache::~KVCache() = default;
 KVCache::KVCache(KVCache&&) noexcept = default;
 KVCache& KVCache::operator=(KVCache&&) noexcept = default;
@@ -343,52 +381,64 @@ const CacheConfig& KVCache::config() const noexcept { return state_->config; }
 
 TensorView KVCache::k() const noexcept {
   const CacheConfig& c = state_->config;
-  return TensorView(state_->k.as<void>(), state_->dtype, {c.num_pages, c.num_kv_heads, c.page_size, c.head_dim});
+  return TensorView(state_->k.as<void>(), state_->dtype, {c.num_pages, c.num_kv_heads, c.page_size, c.head_dim},
+                    c.device);
 }
 
 TensorView KVCache::v() const noexcept {
   const CacheConfig& c = state_->config;
-  return TensorView(state_->v.as<void>(), state_->dtype, {c.num_pages, c.num_kv_heads, c.page_size, c.head_dim_v});
+  return TensorView(state_->v.as<void>(), state_->dtype, {c.num_pages, c.num_kv_heads, c.page_size, c.head_dim_v},
+                    c.device);
 }
 
 TensorView KVCache::k_scale() const noexcept {
   const CacheConfig& c = state_->config;
   if (!is_quantized(state_->dtype)) return {};
-  if (!state_->partitioned()) return TensorView(state_->k_scale.as<void>(), DType::kFloat32, {1});
+  if (!state_->partitioned()) return TensorView(state_->k_scale.as<void>(), DType::kFloat32, {1}, c.device);
   return TensorView(state_->k_scale.as<void>(), DType::kFloat32,
-                    {c.num_pages, c.num_kv_heads, c.page_size / c.partition});
+                    {c.num_pages, c.num_kv_heads, c.page_size / c.partition}, c.device);
 }
 
 TensorView KVCache::v_scale() const noexcept {
   if (!state_->static_v()) return {};
-  return TensorView(state_->v_scale.as<void>(), DType::kFloat32, {1});
+  return TensorView(state_->v_scale.as<void>(), DType::kFloat32, {1}, state_->config.device);
 }
 
 TensorView KVCache::q_scale() const noexcept {
   if (!state_->static_q()) return {};
-  return TensorView(state_->q_scale.as<void>(), DType::kFloat32, {1});
+  return TensorView(state_->q_scale.as<void>(), DType::kFloat32, {1}, state_->config.device);
 }
 
 TensorView KVCache::value_norms() const noexcept {
   const CacheConfig& c = state_->config;
-  return TensorView(state_->norms.as<void>(), DType::kFloat32, {c.num_pages, c.num_kv_heads, c.page_size});
+  return TensorView(state_->norms.as<void>(), DType::kFloat32, {c.num_pages, c.num_kv_heads, c.page_size}, c.device);
+}
+
+TensorView KVCache::saturation() const noexcept {
+  return TensorView(state_->saturation.as<void>(), DType::kInt64, {1}, state_->config.device);
 }
 
 bool KVCache::kv_calibrated() const noexcept { return !state_->needs_k_scale() && !state_->needs_v_scale(); }
 
-bool KVCache::q_calibrated() const noexcept { return !state_->static_q() || *state_->q_scale.as<float>() != 0.0f; }
+bool KVCache::q_calibrated() const noexcept {
+  const State& s = *state_;
+  return !s.static_q() || (s.on_cpu() ? *s.q_scale.as<float>() != 0.0f : s.q_set);
+}
 
 namespace {
 
-void check_sample(std::string_view argument, const TensorView& x, std::int64_t heads, std::int64_t dim) {
+void check_sample(std::string_view argument, const TensorView& x, std::int64_t heads, std::int64_t dim, Device device) {
   store::check_float_rows(argument, x);
   if (heads > 0) check::axis(argument, x, x.rank - 2, "heads", heads, "as in the cache");
   check::axis(argument, x, x.rank - 1, "head_dim", dim, "as in the cache");
-  check::device(argument, x, {}, "the cache");
+  check::device(argument, x, device, "the cache");
+  // The kernels read what a cache is fed with: float64 is for the host's oracle.
+  if (device.type != DeviceType::kCpu) check::dtype(argument, x, {DType::kFloat32, DType::kBFloat16, DType::kFloat16});
 }
 
 // The scale that a sample gives; refuses NaN and infinities.
-float sample_scale(std::string_view argument, const TensorView& x, DType dtype) {
+float sample_scale(std::string_view argument, const TensorView& x, DType dtype, Stream stream) {
+  if (x.device.type != DeviceType::kCpu) return store::device_scale(argument, x, dtype, nullptr, stream);
   const std::uint32_t bits = store::max_abs_bits(TokenRows(x));
   if (host::non_finite_bits(bits)) store::fail_non_finite(argument, x);
   return store::scale_for(bits, dtype);
@@ -396,33 +446,36 @@ float sample_scale(std::string_view argument, const TensorView& x, DType dtype) 
 
 }  // namespace
 
-void KVCache::calibrate(const TensorView& k, const TensorView& v, const TensorView& q) {
+void KVCache::calibrate(const TensorView& k, const TensorView& v, const TensorView& q, Stream stream) {
   State& s = *state_;
-  check_sample("k", k, s.config.num_kv_heads, s.config.head_dim);
-  check_sample("v", v, s.config.num_kv_heads, s.config.head_dim_v);
-  if (q.given()) check_sample("q", q, 0, s.config.head_dim);
+  check_sample("k", k, s.config.num_kv_heads, s.config.head_dim, s.config.device);
+  check_sample("v", v, s.config.num_kv_heads, s.config.head_dim_v, s.config.device);
+  if (q.given()) check_sample("q", q, 0, s.config.head_dim, s.config.device);
   if (s.holds_tokens) {
     check::fail(ErrorCode::kValue, "cache",
                 "it holds tokens of other scales; allowed is calibrating before the first append");
   }
-  const float k_scale = s.static_k() ? sample_scale("k", k, s.dtype) : 0.0f;
-  const float v_scale = s.static_v() ? sample_scale("v", v, s.dtype) : 0.0f;
-  if (q.given()) calibrate_q(q);
-  if (s.static_k()) *s.k_scale.as<float>() = k_scale;
-  if (s.static_v()) *s.v_scale.as<float>() = v_scale;
+  const float k_scale = s.static_k() ? sample_scale("k", k, s.dtype, stream) : 0.0f;
+  const float v_scale = s.static_v() ? sample_scale("v", v, s.dtype, stream) : 0.0f;
+  if (q.given()) calibrate_q(q, stream);
+  if (s.static_k()) s.k_scale.write(k_scale, stream);
+  if (s.static_v()) s.v_scale.write(v_scale, stream);
+  s.kv_set = true;
 }
 
-void KVCache::calibrate_q(const TensorView& q) {
-  check_sample("q", q, 0, state_->config.head_dim);
-  if (state_->static_q()) *state_->q_scale.as<float>() = sample_scale("q", q, DType::kInt8);
+void KVCache::calibrate_q(const TensorView& q, Stream stream) {
+  State& s = *state_;
+  check_sample("q", q, 0, s.config.head_dim, s.config.device);
+  if (s.static_q()) s.q_scale.write(sample_scale("q", q, DType::kInt8, stream), stream);
+  s.q_set = true;
 }
 
 void KVCache::append(const TensorView& k, const TensorView& v, const TensorView& block_table, const TensorView& start,
-                     const TensorView& seq_lens, const TensorView& cu_seqlens) {
+                     const TensorView& seq_lens, const TensorView& cu_seqlens, Stream stream) {
   State& s = *state_;
   const CacheConfig& c = s.config;
-  check_sample("k", k, c.num_kv_heads, c.head_dim);
-  check_sample("v", v, c.num_kv_heads, c.head_dim_v);
+  check_sample("k", k, c.num_kv_heads, c.head_dim, c.device);
+  check_sample("v", v, c.num_kv_heads, c.head_dim_v, c.device);
   check::dtype("v", v, {k.dtype});
   check::rank("v", v, k.rank);
   check::axis("v", v, 0, k.rank == 4 ? "batch" : "tokens", k.shape[0], "as in k");
@@ -436,7 +489,7 @@ void KVCache::append(const TensorView& k, const TensorView& v, const TensorView&
     check::rank("k", k, 3);
     check::index_array("cu_seqlens", cu_seqlens, c.device, "the cache");
     check::shape("cu_seqlens", cu_seqlens, {batch + 1});
-    check::cu_seqlens("cu_seqlens", cu_seqlens, k.shape[0], "k");
+    if (s.on_cpu()) check::cu_seqlens("cu_seqlens", cu_seqlens, k.shape[0], "k");
   } else {
     check::rank("k", k, 4);
     check::axis("block_table", block_table, 0, "batch", k.shape[0], "as in k");
@@ -446,6 +499,7 @@ void KVCache::append(const TensorView& k, const TensorView& v, const TensorView&
   check::index_array("seq_lens", seq_lens, c.device, "the cache");
   check::shape("seq_lens", seq_lens, {batch});
   check::writable("seq_lens", seq_lens);
+  if (!s.on_cpu()) return s.append_on_device(k, v, block_table, start, seq_lens, cu_seqlens, stream);
 
   const TokenRows keys(k), values(v);
   s.plan(keys, block_table, start, cu_seqlens);
@@ -492,7 +546,7 @@ void KVCache::append(const TensorView& k, const TensorView& v, const TensorView&
     for (std::int64_t i = first; i < last; ++i) mine += s.write(s.pieces[i], keys, values, k_static, v_static);
     clamped.fetch_add(mine, std::memory_order_relaxed);
   });
-  s.saturated += clamped.load();
+  *s.saturation.as<std::int64_t>() += clamped.load();
   s.holds_tokens = s.holds_tokens || tokens > 0;
 
   const auto* cu = cu_seqlens.as<const std::int32_t>();
@@ -502,7 +556,7 @@ void KVCache::append(const TensorView& k, const TensorView& v, const TensorView&
   }
 }
 
-std::int64_t KVCache::saturated() const noexcept { return state_->saturated; }
+std::int64_t KVCache::saturated() const { return state_->saturation.read<std::int64_t>(); }
 
 double KVCache::bytes_per_token() const noexcept {
   const State& s = *state_;

@@ -2,12 +2,16 @@
 //
 //   m = max_p lse_p      lse = m + log sum_p exp(lse_p - m)      out = sum_p exp(lse_p - lse) out_p
 //
+// Two kernels. merge_few_kernel, for at most 4 parts: a thread takes kMergeFewLoads / parts vectors of the output, and
+// all its loads, lse and data, leave at once. merge_kernel, for more parts:
+//
 // Roles: a row (request, token, head) belongs to `groups` groups of `lanes` threads of one block (config.h). Each group
 // reads all lse of the row and reduces them by shuffles, then sums its share of the parts; the groups' sums meet in
 // shared memory in a fixed order. Data: each partial is read once, in 16-byte accesses, kMergeUnroll of them in flight
 // a thread. Limit: bytes over memory bandwidth; rows x (parts x (dim + 1 lse) + dim + 1 lse).
 #pragma once
 
+#include "cuda/common/index.cuh"
 #include "cuda/common/online_softmax.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/launch.h"
@@ -25,12 +29,8 @@ struct RowIndex {
 
 // Heads vary fastest: neighbouring threads then write neighbouring rows of `out`.
 __device__ __forceinline__ RowIndex row_index(std::int64_t row, const MergeArgs& args) {
-  if (row <= UINT32_MAX) {  // 64-bit division costs as much as the loads of a short row
-    const unsigned r = static_cast<unsigned>(row), heads = static_cast<unsigned>(args.heads);
-    const unsigned seq = static_cast<unsigned>(args.seq);
-    return {r / heads / seq, r / heads % seq, r % heads};
-  }
-  return {row / args.heads / args.seq, row / args.heads % args.seq, row % args.heads};
+  const std::int64_t token = quotient(row, args.heads), batch = quotient(token, args.seq);
+  return {batch, token - batch * args.seq, row - token * args.heads};
 }
 
 template <class T, int N>
@@ -107,6 +107,56 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocksPerSm)
       for (int i = 0; i < N; ++i) sum[i] *= inverse;
       Vec<T, N>::from_floats(sum).store(out + column);
     }
+  }
+}
+
+// P: 2 or 4, at least num_parts. Vector i of the output is vector i % row_vectors of row i / row_vectors.
+template <class T, int N, int P>
+__global__ void __launch_bounds__(kMergeThreads, kMergeFewBlocksPerSm)
+    merge_few_kernel(const __grid_constant__ MergeArgs args, std::int64_t row_vectors) {
+  constexpr int kVectors = kMergeFewLoads / P;
+  const std::int64_t total = args.batch * args.seq * args.heads * row_vectors;
+  const std::int64_t first = std::int64_t{blockIdx.x} * kVectors * kMergeThreads + threadIdx.x;
+  const int num_parts = static_cast<int>(args.num_parts);
+
+  Vec<T, N> x[kVectors][P];
+  float lse[kVectors][P];
+#pragma unroll
+  for (int u = 0; u < kVectors; ++u) {
+    const std::int64_t i = first + u * kMergeThreads;
+    const std::int64_t row = quotient(i, row_vectors), column = (i - row * row_vectors) * N;
+    const RowIndex index = row_index(row, args);
+    const T* outs = static_cast<const T*>(args.outs) + index.offset(args.outs_stride) + column;
+    const float* lses = args.lses + index.offset(args.lses_stride);
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      const bool there = i < total && p < num_parts;
+      lse[u][p] = there ? lses[p * args.lses_stride.part] : -INFINITY;
+      x[u][p] = there ? Vec<T, N>::load_streaming(outs + p * args.outs_stride.part) : Vec<T, N>::zero();
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kVectors; ++u) {
+    const std::int64_t i = first + u * kMergeThreads;
+    if (i >= total) return;
+    SoftmaxState state;
+#pragma unroll
+    for (int p = 0; p < P; ++p) state.merge({lse[u][p], 1.0f});
+    const float reference = state.reference(), inverse = state.l == 0.0f ? 0.0f : 1.0f / state.l;
+    float sum[N] = {};
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      const float weight = expf(lse[u][p] - reference);
+      // What a part without weight holds may be anything, and 0 times NaN is NaN.
+#pragma unroll
+      for (int n = 0; n < N; ++n) sum[n] += weight != 0.0f ? weight * to_float(x[u][p].elements[n]) : 0.0f;
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) sum[n] *= inverse;
+    const std::int64_t row = quotient(i, row_vectors), column = (i - row * row_vectors) * N;
+    const RowIndex index = row_index(row, args);
+    Vec<T, N>::from_floats(sum).store(static_cast<T*>(args.out) + index.offset(args.out_stride) + column);
+    if (args.lse != nullptr && column == 0) args.lse[index.offset(args.lse_stride)] = state.lse();
   }
 }
 

@@ -141,6 +141,7 @@ void visit_fields(AnyCase& c, Visit&& visit) {
   visit("density", c.density);
   visit("lengths", c.lengths);
   visit("gaps", c.gaps);
+  visit("align", c.align);
   visit("poison_seen", c.poison_seen);
   visit("spread", c.spread);
   visit("seed", c.seed);

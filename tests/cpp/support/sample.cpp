@@ -54,7 +54,7 @@ Tensor make_scale(Random& r, const TensorView& x, std::int64_t partition) {
 
 }  // namespace
 
-Tensor::Tensor(DType dtype, const std::vector<std::int64_t>& shape, std::byte fill, Random* gaps) {
+Tensor::Tensor(DType dtype, const std::vector<std::int64_t>& shape, std::byte fill, Random* gaps, std::int64_t align) {
   view.dtype = dtype;
   view.rank = static_cast<int>(shape.size());
   std::copy(shape.begin(), shape.end(), view.shape.begin());
@@ -71,10 +71,10 @@ Tensor::Tensor(DType dtype, const std::vector<std::int64_t>& shape, std::byte fi
       first += view.strides[*axis] * (std::max<std::int64_t>(1, shape[*axis]) - 1);
       view.strides[*axis] = -view.strides[*axis];
     }
-    extent += gaps->integer(0, 3);
+    extent = ceil_div(extent, align) * align + align * gaps->integer(0, 3);
   }
-  if (gaps != nullptr) first += gaps->integer(0, 3);
-  memory.assign(static_cast<std::size_t>(extent + 3 + 2 * kGuard) * size_of(dtype), fill);
+  if (gaps != nullptr) first += align * gaps->integer(0, 3);
+  memory.assign(static_cast<std::size_t>(extent + 3 * align + 2 * kGuard) * size_of(dtype), fill);
   view.data = memory.data() + static_cast<std::size_t>(kGuard + first) * size_of(dtype);
 }
 
@@ -149,10 +149,10 @@ void Sample::make_requests(Random& r) {
 
 void Sample::make_contiguous(Random& r) {
   const auto make = [&](DType dtype, const Tensor& cu, std::int64_t length, std::int64_t heads, std::int64_t dim) {
-    if (!c_.packed) return Tensor(dtype, {c_.batch, length, heads, dim}, kPoison, gaps_);
+    if (!c_.packed) return Tensor(dtype, {c_.batch, length, heads, dim}, kPoison, gaps_, c_.align);
     // A few rows more than the requests have: nobody's.
     const std::int64_t spare = c_.gaps ? static_cast<std::int64_t>(c_.seed % 4) : 0;
-    return Tensor(dtype, {static_cast<std::int64_t>(cu.get({c_.batch})) + spare, heads, dim}, kPoison, gaps_);
+    return Tensor(dtype, {static_cast<std::int64_t>(cu.get({c_.batch})) + spare, heads, dim}, kPoison, gaps_, c_.align);
   };
   q_ = make(c_.q, cu_q_, c_.q_len, c_.q_heads, c_.dim);
   k_ = make(c_.k, cu_k_, c_.kv_len, c_.kv_heads, c_.dim);
@@ -183,7 +183,7 @@ void Sample::make_contiguous(Random& r) {
 }
 
 void Sample::make_cache(Random& r) {
-  q_ = Tensor(c_.q, {c_.batch, c_.q_len, c_.q_heads, c_.dim}, kPoison, gaps_);
+  q_ = Tensor(c_.q, {c_.batch, c_.q_len, c_.q_heads, c_.dim}, kPoison, gaps_, c_.align);
   for (std::int64_t b = 0; b < c_.batch; ++b) {
     for (std::int64_t i = 0; i < c_.q_len; ++i) {
       for (std::int64_t h = 0; h < c_.q_heads; ++h) fill_row(r, query_row(b, i, h), c_.q, c_.dim, c_.spread);
@@ -203,7 +203,7 @@ void Sample::make_cache(Random& r) {
   for (std::size_t i = pages.size() - 1; i > 0; --i) {
     std::swap(pages[i], pages[static_cast<std::size_t>(r.integer(0, static_cast<std::int64_t>(i)))]);
   }
-  block_table_ = Tensor(DType::kInt32, {c_.batch, max_pages}, kPoison, gaps_);
+  block_table_ = Tensor(DType::kInt32, {c_.batch, max_pages}, kPoison, gaps_, c_.align);
   seq_lens_ = Tensor(DType::kInt32, {c_.batch}, kPoison);
   for (std::int64_t b = 0; b < c_.batch; ++b) {
     seq_lens_.set({b}, static_cast<double>(requests_[b].kv_len));
@@ -256,7 +256,7 @@ void Sample::make_block_mask(Random& r) {
   std::vector<std::int64_t> shape = {ceil_div(q_len, c_.block_q), ceil_div(kv_len, c_.block_k)};
   if (c_.mask_rank >= 3) shape.insert(shape.begin(), c_.mask_heads);
   if (c_.mask_rank == 4) shape.insert(shape.begin(), c_.mask_batch);
-  mask_ = Tensor(DType::kBool, shape, std::byte{0}, gaps_);
+  mask_ = Tensor(DType::kBool, shape, std::byte{0}, gaps_, c_.align);
   const TensorView& m = mask_.view;
   // As rank 4 with leading axes of size 1.
   const int lead = 4 - m.rank;
@@ -305,9 +305,9 @@ void Sample::make_token_lists(Random& r) {
       }
     }
   }
-  if (c_.lengths) lengths_ = Tensor(DType::kInt32, shape, kPoison, gaps_);
+  if (c_.lengths) lengths_ = Tensor(DType::kInt32, shape, kPoison, gaps_, c_.align);
   shape.push_back(longest + r.integer(0, 2));
-  indices_ = Tensor(DType::kInt32, shape, kPoison, gaps_);  // -1
+  indices_ = Tensor(DType::kInt32, shape, kPoison, gaps_, c_.align);  // -1
   for (std::int64_t b = 0; b < c_.batch; ++b) {
     for (std::int64_t i = 0; i < (per_query ? requests_[b].q_len : 1); ++i) {
       for (std::int64_t h = 0; h < c_.kv_heads; ++h) {
@@ -520,40 +520,45 @@ bool Sample::rounds_probabilities() const {
 namespace {
 
 template <class Params>
-void set_options(const Case& c, const Tensor& sinks, const Tensor& mask, const Tensor& indices, const Tensor& lengths,
-                 Params& p) {
+void set_options(const Case& c, TensorView mask, TensorView indices, TensorView lengths, Params& p) {
   p.causal = c.causal;
   if (c.left || c.right) p.window = Window{c.left, c.right};
   p.softcap = c.softcap;
   p.scale = c.scale;
-  p.sinks = sinks.view;
   switch (c.pattern) {
     case Pattern::kNone: break;
     case Pattern::kWindow: p.selection = Selection::window(c.select_left, c.select_right, c.n_global); break;
     case Pattern::kStrided: p.selection = Selection::strided(c.width, c.stride); break;
-    case Pattern::kBlocks: p.selection = Selection::block_mask(mask.view, c.block_q, c.block_k); break;
+    case Pattern::kBlocks: p.selection = Selection::block_mask(mask, c.block_q, c.block_k); break;
     case Pattern::kTokens:
-    case Pattern::kQueryTokens: p.selection = Selection::tokens(indices.view, lengths.view); break;
+    case Pattern::kQueryTokens: p.selection = Selection::tokens(indices, lengths); break;
   }
   p.schedule = {c.schedule, c.split_size};
 }
 
 }  // namespace
 
-AttentionParams Sample::attention() const {
-  AttentionParams p{.q = q_.view, .k = k_.view, .v = v_.view};
-  p.q_scales = {q_scale_.view, c_.q_partition, {}};
-  p.k_scales = {k_scale_.view, c_.k_partition, k_mean_.view};
-  p.v_scales = {v_scale_.view, c_.v_partition, v_mean_.view};
-  p.cu_seqlens_q = cu_q_.view;
-  p.cu_seqlens_k = cu_k_.view;
-  set_options(c_, sinks_, mask_, indices_, lengths_, p);
+AttentionParams Sample::attention(const Placement& place) const {
+  const auto placed = [&](const Tensor& x) { return x.view.given() ? place(x) : TensorView(); };
+  AttentionParams p{.q = placed(q_), .k = placed(k_), .v = placed(v_)};
+  p.q_scales = {placed(q_scale_), c_.q_partition, {}};
+  p.k_scales = {placed(k_scale_), c_.k_partition, placed(k_mean_)};
+  p.v_scales = {placed(v_scale_), c_.v_partition, placed(v_mean_)};
+  p.cu_seqlens_q = placed(cu_q_);
+  p.cu_seqlens_k = placed(cu_k_);
+  p.sinks = placed(sinks_);
+  set_options(c_, placed(mask_), placed(indices_), placed(lengths_), p);
   return p;
 }
 
-DecodeParams Sample::decode() const {
-  DecodeParams p{.q = q_.view, .cache = cache_.get(), .block_table = block_table_.view, .seq_lens = seq_lens_.view};
-  set_options(c_, sinks_, mask_, indices_, lengths_, p);
+DecodeParams Sample::decode(const Placement& place, KVCache* cache) const {
+  const auto placed = [&](const Tensor& x) { return x.view.given() ? place(x) : TensorView(); };
+  DecodeParams p{.q = placed(q_),
+                 .cache = cache != nullptr ? cache : cache_.get(),
+                 .block_table = placed(block_table_),
+                 .seq_lens = placed(seq_lens_)};
+  p.sinks = placed(sinks_);
+  set_options(c_, placed(mask_), placed(indices_), placed(lengths_), p);
   return p;
 }
 
@@ -563,11 +568,11 @@ Output::Output(const Sample& sample, DType out_dtype, DType lse_dtype) {
   Random* gaps = c.gaps ? &layout : nullptr;
   if (c.packed) {
     const std::int64_t total = sample.attention().q.shape[0];
-    out = Tensor(out_dtype, {total, c.q_heads, c.dim_v}, kUntouched, gaps);
-    if (c.lse) lse = Tensor(lse_dtype, {c.q_heads, total}, kUntouched, gaps);
+    out = Tensor(out_dtype, {total, c.q_heads, c.dim_v}, kUntouched, gaps, c.align);
+    if (c.lse) lse = Tensor(lse_dtype, {c.q_heads, total}, kUntouched, gaps, c.align);
   } else {
-    out = Tensor(out_dtype, {c.batch, c.q_len, c.q_heads, c.dim_v}, kUntouched, gaps);
-    if (c.lse) lse = Tensor(lse_dtype, {c.batch, c.q_heads, c.q_len}, kUntouched, gaps);
+    out = Tensor(out_dtype, {c.batch, c.q_len, c.q_heads, c.dim_v}, kUntouched, gaps, c.align);
+    if (c.lse) lse = Tensor(lse_dtype, {c.batch, c.q_heads, c.q_len}, kUntouched, gaps, c.align);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -20,7 +21,8 @@ constexpr std::byte kUntouched{0xa5};
 // its axes but the last lie in any order and direction, with room between the rows.
 struct Tensor {
   Tensor() = default;
-  Tensor(DType dtype, const std::vector<std::int64_t>& shape, std::byte fill, Random* gaps = nullptr);
+  Tensor(DType dtype, const std::vector<std::int64_t>& shape, std::byte fill, Random* gaps = nullptr,
+         std::int64_t align = 1);
 
   std::int64_t offset(std::initializer_list<std::int64_t> index) const;  // in elements; axes not named are at 0
   std::byte* row(std::initializer_list<std::int64_t> index) const;
@@ -56,9 +58,12 @@ class Sample {
   // Whether probabilities may be bf16: both products of bf16 or 8-bit operands, values without scales of their own.
   bool rounds_probabilities() const;
 
-  // The call's parameters, outputs aside.
-  AttentionParams attention() const;
-  DecodeParams decode() const;
+  // The call's parameters, outputs aside: over the sample's own memory, or wherever `place` puts a tensor of it, as a
+  // view of the copy (and `cache` a copy of the cache).
+  using Placement = std::function<TensorView(const Tensor&)>;
+  AttentionParams attention(const Placement& place = [](const Tensor& x) { return x.view; }) const;
+  DecodeParams decode(const Placement& place = [](const Tensor& x) { return x.view; }, KVCache* cache = nullptr) const;
+  const KVCache& cache() const { return *cache_; }  // of a decode
 
  private:
   // Where a row of k or v lies, and how to read it.
