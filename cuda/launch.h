@@ -92,8 +92,8 @@ void launch_merge(const MergeArgs& args);
 struct DecodeArgs {
   const void* q = nullptr;
   void* out = nullptr;
-  float* lse = nullptr;             // null: not wanted
-  DType dtype = DType::kBFloat16;   // of q and out: bfloat16 or float16
+  float* lse = nullptr;            // null: not wanted
+  DType dtype = DType::kBFloat16;  // of q and out: bfloat16 or float16
   struct Strides {
     std::int64_t batch = 0, seq = 0, head = 0;
   };

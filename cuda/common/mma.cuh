@@ -9,8 +9,8 @@
 
 namespace heddle::cuda {
 
-// Four 8 x 8 matrices of 16-bit words; lane i gives the address of row i % 8 of matrix i / 8. Lane l gets of each matrix
-// the words 2t and 2t + 1 of row g; transposed, those of column g.
+// Four 8 x 8 matrices of 16-bit words; lane i gives the address of row i % 8 of matrix i / 8. Lane l gets of each
+// matrix the words 2t and 2t + 1 of row g; transposed, those of column g.
 __device__ __forceinline__ void load_matrices(std::uint32_t (&x)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])

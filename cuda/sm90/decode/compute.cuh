@@ -111,8 +111,7 @@ class Math {
     const int row = tile.row_tile * p_.rows_per_tile + row_base_ + 8 * n + g();
     const bool inside = row < p_.rows();
     const int query = inside ? row / p_.group : 0, head = tile.head * p_.group + (inside ? row % p_.group : 0);
-    const char* q =
-        p_.q + tile.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
+    const char* q = p_.q + tile.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
     if constexpr (!Format::kScaled) {
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
@@ -183,7 +182,8 @@ class Math {
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[n][i] = p_.cap * (1.0f - __fdividef(2.0f, exp2_approx(2.0f * kLog2E * x[n][i]) + 1.0f));
+        for (int i = 0; i < 4; ++i)
+          x[n][i] = p_.cap * (1.0f - __fdividef(2.0f, exp2_approx(2.0f * kLog2E * x[n][i]) + 1.0f));
       }
     }
     if (masked) {
@@ -223,7 +223,8 @@ class Math {
   // Products in log2 units (or the argument of softcap's tanh).
   __device__ void scores(const Stage& tile, int slice, float (&x)[kColumns][4]) const {
     // Rows 0 to 15 of 16 bytes, then the 16 bytes beside them.
-    const std::uint32_t at = shared_address(tile.k) + (slice * kSliceKeys + lane_ % 16) * Config::kPitch + lane_ / 16 * 16;
+    const std::uint32_t at =
+        shared_address(tile.k) + (slice * kSliceKeys + lane_ % 16) * Config::kPitch + lane_ / 16 * 16;
     if constexpr (Format::kInt8) {
       int c[kColumns][4] = {};
 #pragma unroll
@@ -356,7 +357,7 @@ class Math {
     if constexpr (Format::kBytes == 2) {
       const int first = tile.kv_len - p_.num_queries;
       const int* keys = tile.keys + slice * kSliceKeys + 2 * t();
-      #pragma unroll 1
+#pragma unroll 1
       for (int query = 0; query < p_.num_queries; ++query) {
         bool seen[4];
 #pragma unroll
@@ -450,7 +451,7 @@ class Math {
       for (int b = 0; b < Config::kRoundBlocks; ++b) {
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
-          const float(&c)[4] = out_[round * Config::kRoundBlocks + b][n];
+          const float (&c)[4] = out_[round * Config::kRoundBlocks + b][n];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float* to = shared_.exchange[slots + 8 * n + 2 * t() + i] + 16 * b;
@@ -517,8 +518,9 @@ class Math {
     const bool fixed = p_.shape.split_keys > 0;
     for (int row = warp_; row < rows; row += kMathWarps) {
       const auto state = [&](int split) {
-        return split < item.num_splits ? __ldcg(p_.partial_state + slot_of(fixed, item.slot, split) * p_.partial_rows + row)
-                                       : make_float2(-INFINITY, 0.0f);
+        return split < item.num_splits
+                   ? __ldcg(p_.partial_state + slot_of(fixed, item.slot, split) * p_.partial_rows + row)
+                   : make_float2(-INFINITY, 0.0f);
       };
       float largest = -INFINITY;
       for (int split = lane_; split < item.num_splits; split += 32) largest = fmaxf(largest, state(split).x);
@@ -536,8 +538,7 @@ class Math {
 #pragma unroll 8
         for (int s = 0; s < count; ++s) {
           const float w = __shfl_sync(kFullWarp, weight, s);
-          const float* from =
-              p_.partial_out + (slot_of(fixed, item.slot, first + s) * p_.partial_rows + row) * kDim;
+          const float* from = p_.partial_out + (slot_of(fixed, item.slot, first + s) * p_.partial_rows + row) * kDim;
 #pragma unroll
           for (int i = 0; i < kVectors; ++i) {
             const int column = 4 * (lane_ + 32 * i);

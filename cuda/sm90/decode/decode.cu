@@ -166,8 +166,7 @@ void launch_format(const Params& params, std::int64_t head_dim, int columns, voi
 
 template <class T>
 void launch_type(const DecodeArgs& a, const Params& p) {
-  const int columns =
-      decode::row_tile(a.num_queries * p.group, static_cast<int>(a.head_dim)).columns;
+  const int columns = decode::row_tile(a.num_queries * p.group, static_cast<int>(a.head_dim)).columns;
   if (a.cache_dtype == a.dtype) return launch_format<decode::Native<T>>(p, a.head_dim, columns, a.stream);
   if (a.cache_dtype == DType::kInt8) return launch_format<decode::Int8<T>>(p, a.head_dim, columns, a.stream);
   if (a.cache_dtype == DType::kFloat8E4M3) return launch_format<decode::Fp8<T>>(p, a.head_dim, columns, a.stream);
@@ -189,7 +188,8 @@ void launch_decode_plan(const DecodeArgs& args) {
   if (empty(args)) return;
   const DeviceScope scope(args.device);
   Params params = params_of(args);
-  if (params.shape.chunks() > decode::kPlanChunks) unsupported("device", "more multiprocessors than the plan is made for");
+  if (params.shape.chunks() > decode::kPlanChunks)
+    unsupported("device", "more multiprocessors than the plan is made for");
   set_data(args, params);
   lay_out(params, args.head_dim, args.workspace);
   launch_early(decode::plan_kernel, 1, decode::kPlanThreads, 0, args.stream, "decode plan", params);

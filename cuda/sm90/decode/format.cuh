@@ -2,8 +2,8 @@
 //
 // S^T = K Q^T with keys as rows of the product, O^T = V^T P^T with features as rows. K is loaded as it lies, V
 // transposed, both as matrices of 16-bit words. Of 8-bit elements a word holds two, so that a register of four holds,
-// per lane, the even and the odd elements of two words: which element counts as which of a product's columns (K) or rows
-// (V) is free as long as Q, or the writer of O, agrees.
+// per lane, the even and the odd elements of two words: which element counts as which of a product's columns (K) or
+// rows (V) is free as long as Q, or the writer of O, agrees.
 #pragma once
 
 #include <type_traits>
@@ -35,7 +35,8 @@ struct Int8 {
   template <bool kOdd>
   __device__ __forceinline__ static std::uint32_t halves(std::uint32_t x) {
     const std::uint32_t biased = __byte_perm(x ^ 0x80808080u, 0x64646464u, kOdd ? 0x4341 : 0x4240);
-    const __half2 y = __hsub2(reinterpret_cast<const __half2&>(biased), __half2(__float2half_rn(1152.0f), __float2half_rn(1152.0f)));
+    const __half2 y =
+        __hsub2(reinterpret_cast<const __half2&>(biased), __half2(__float2half_rn(1152.0f), __float2half_rn(1152.0f)));
     return reinterpret_cast<const std::uint32_t&>(y);
   }
 };

@@ -44,7 +44,8 @@ void launch(const Params& params, void* stream) {
   using Instance = Config<Format, kDim, kColumns>;
   constexpr std::size_t kBytes = sizeof(typename Instance::Shared);
   check(cudaFuncSetAttribute(decode_kernel<Instance>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "decode");
-  launch_early(decode_kernel<Instance>, static_cast<unsigned>(params.shape.ctas), kThreads, kBytes, stream, "decode", params);
+  launch_early(decode_kernel<Instance>, static_cast<unsigned>(params.shape.ctas), kThreads, kBytes, stream, "decode",
+               params);
 }
 
 }  // namespace heddle::cuda::decode

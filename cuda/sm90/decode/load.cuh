@@ -149,9 +149,9 @@ class Loader {
     int key = kNoKey, page = -1;
     unsigned slot = 0;
     if (tile.item.unit != kNoUnit && i < tile.item.end) {
-      key = p_.tokens != nullptr ? __ldg(p_.tokens + tile.request * p_.tokens_batch_stride +
-                                         tile.head * p_.tokens_head_stride + i)
-                                 : visible_.key(i);
+      key = p_.tokens != nullptr
+                ? __ldg(p_.tokens + tile.request * p_.tokens_batch_stride + tile.head * p_.tokens_head_stride + i)
+                : visible_.key(i);
       if (static_cast<unsigned>(key) < static_cast<unsigned>(tile.kv_len)) {
         const unsigned index = static_cast<unsigned>(key) / p_.page_size;
         slot = static_cast<unsigned>(key) - index * p_.page_size;

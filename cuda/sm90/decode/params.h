@@ -50,16 +50,16 @@ struct Params {
 
   // The workspace.
   PlanShape shape;
-  std::int64_t max_splits = 1;          // of a unit, with fixed splits
-  Chunk* chunks = nullptr;              // [shape.chunks()]
-  std::int64_t* starts = nullptr;       // [entries + 1]
-  std::int32_t* counts = nullptr;       // [entries], with token lists
-  unsigned* arrived = nullptr;          // [units]: splits that are done
-  // [ctas + 2]: chunks of each CTA that are taken; CTAs that found nothing more; where the counts of taken chunks start:
-  // 1, or chunks_per_cta if all but the first are empty.
+  std::int64_t max_splits = 1;     // of a unit, with fixed splits
+  Chunk* chunks = nullptr;         // [shape.chunks()]
+  std::int64_t* starts = nullptr;  // [entries + 1]
+  std::int32_t* counts = nullptr;  // [entries], with token lists
+  unsigned* arrived = nullptr;     // [units]: splits that are done
+  // [ctas + 2]: chunks of each CTA that are taken; CTAs that found nothing more; where the counts of taken chunks
+  // start: 1, or chunks_per_cta if all but the first are empty.
   unsigned* queue = nullptr;
-  float* partial_out = nullptr;         // [slots, partial_rows, D]
-  float2* partial_state = nullptr;      // [slots, partial_rows]: maximum and sum
+  float* partial_out = nullptr;     // [slots, partial_rows, D]
+  float2* partial_state = nullptr;  // [slots, partial_rows]: maximum and sum
   int partial_rows = 0;
   bool stealing = false;
 

@@ -1,10 +1,10 @@
 // The plan of a decode step: which CTA reads which keys. Pure arithmetic, for the device and for tests on the host.
 //
 // A *unit* is what shares keys: a KV head of a request, with up to 64 query rows. Units stand in a line, request by
-// request; each is as long as its visible keys, in granules, plus a fixed overhead. The line is cut into chunks of equal
-// length, in places that are multiples of the granule. A chunk is a run of *items*, an item the part of a unit that lies
-// in it: one split. So every CTA gets the same number of keys, however skewed the batch is, and a unit has at most one
-// split a chunk. Cuts depend on the lengths alone, never on who takes which chunk.
+// request; each is as long as its visible keys, in granules, plus a fixed overhead. The line is cut into chunks of
+// equal length, in places that are multiples of the granule. A chunk is a run of *items*, an item the part of a unit
+// that lies in it: one split. So every CTA gets the same number of keys, however skewed the batch is, and a unit has at
+// most one split a chunk. Cuts depend on the lengths alone, never on who takes which chunk.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,8 @@ inline constexpr int kQueueChunks = 4;
 // Shares shorter than this are one chunk: a steal would cost more than it evens out.
 inline constexpr int kMinStealGranules = 64;
 
-// Which keys of a request some of its queries see: `globals` keys from global_first, then those from `first` to the end.
+// Which keys of a request some of its queries see: `globals` keys from global_first, then those from `first` to the
+// end.
 struct VisibleKeys {
   int global_first = 0, globals = 0, first = 0, count = 0;
 

@@ -30,8 +30,8 @@ struct Config {
     int all_see_from, all_see_to;  // the item's keys that every query sees
   };
 
-  // The exchange: of each warp 8 * kColumns rows of 16 * kRoundBlocks features. The pitch makes writes and reads free of
-  // bank conflicts: 4 modulo 16.
+  // The exchange: of each warp 8 * kColumns rows of 16 * kRoundBlocks features. The pitch makes writes and reads free
+  // of bank conflicts: 4 modulo 16.
   static constexpr int kBlocks = kDim / 16;  // of 16 features
   static constexpr int exchange_bytes(int blocks) { return kMathWarps * 8 * kColumns * (16 * blocks + 4) * 4; }
   static constexpr int round_blocks() {
