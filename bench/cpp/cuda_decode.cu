@@ -98,10 +98,11 @@ class Bench {
   }
 
   template <class Enqueue>
-  double median(Enqueue enqueue, int repeats = 25) {
+  double median(Enqueue enqueue, bool warm = false, int repeats = 25) {
     std::vector<float> times;
     for (int i = 0; i < repeats + 2; ++i) {
       read<4>(flush_.as(), flush_.bytes());
+      if (warm) enqueue();
       check(cudaEventRecord(begin_));
       enqueue();
       check(cudaEventRecord(end_));
@@ -144,6 +145,7 @@ struct Case {
   std::string format = "bf16";
   int page = 16, queries = 1, q_heads = 32, kv_heads = 8, dim = 128, tokens = 0;
   Schedule schedule{};
+  bool warm = false;  // right after the same call, without emptying L2 between
 };
 
 struct Result {
@@ -201,9 +203,11 @@ class Runner {
 
     DecodeArgs args{.q = q.as(),
                     .out = out.as(),
+                    .lse = nullptr,
                     .dtype = c.format == "fp16" ? DType::kFloat16 : DType::kBFloat16,
                     .q_stride = {c.queries * q_row, q_row, c.dim},
                     .out_stride = {c.queries * q_row, q_row, c.dim},
+                    .lse_stride = {},
                     .batch = batch,
                     .num_queries = c.queries,
                     .num_q_heads = c.q_heads,
@@ -251,9 +255,9 @@ class Runner {
     args.workspace = workspace.as();
     const std::size_t bytes =
         static_cast<std::size_t>(keys * c.kv_heads * (2 * row + (c.format == "int8-a" ? 4 : 0))) / 16 * 16;
-    Result result{.c = c, .bytes = bytes};
+    Result result{c, 0.0, 0.0, 0.0, bytes};
     result.plan_us = bench_.median([&] { cuda::launch_decode_plan(args); });
-    result.us = bench_.median([&] { cuda::launch_decode(args); });
+    result.us = bench_.median([&] { cuda::launch_decode(args); }, c.warm);
     // Keys and values lie in two buffers, which the limit reads as if they were one.
     result.limit_us = bytes <= 2 * kCacheBytes ? bench_.limit(reads_.as(), bytes) : 0.0;
     return result;
@@ -340,6 +344,11 @@ std::vector<Case> cases() {
                    .tokens = 2048});
   }
   all.push_back({.name = "plan/256x1K", .lens = repeat({{256, K}})});
+  for (const bool warm : {false, true}) {
+    for (const auto& [name, lens] : {std::pair{"1x64", repeat({{1, 64}})}, std::pair{"1x2K", repeat({{1, 2 * K}})}}) {
+      all.push_back({.name = std::string(warm ? "warm/" : "cold/") + name, .lens = lens, .warm = warm});
+    }
+  }
   return all;
 }
 

@@ -46,13 +46,13 @@ class Math {
       const int begin = tile.begin;
       if (begin == item.begin) start(tile);
       const int row_tile = tile.row_tile, head = tile.head, request = tile.request;
-      const int first_slice = (begin - item.begin) / kSliceKeys;
-      for (int slice = 0; slice < kSlices; ++slice) {
-        if (((first_slice + slice) & (slice_sets_ - 1)) != slice_set_) continue;
+      // Of the item's slices, numbered through, this warp takes every slice_sets_-th.
+      const int skipped = (begin - item.begin) / kSliceKeys;
+#pragma unroll 1
+      for (int slice = (slice_set_ - skipped) & (slice_sets_ - 1); slice < kSlices; slice += slice_sets_) {
         const int at = begin + slice * kSliceKeys;
         if (at >= item.end) break;
-        const bool all = at >= tile.all_see_from && at + kSliceKeys <= min(tile.all_see_to, item.end);
-        compute(tile, slice, !all);
+        compute(tile, slice, at < tile.all_see_from || at + kSliceKeys > min(tile.all_see_to, item.end));
       }
       __syncwarp();
       if (lane_ == 0) shared_.empty[stage].arrive();
@@ -73,6 +73,7 @@ class Math {
   // -- the start of an item: its queries ------------------------------------------------------------------------------
 
   __device__ void start(const Stage& tile) {
+    stage_queries(tile);
     const int first_position = tile.kv_len - p_.num_queries;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -82,20 +83,37 @@ class Math {
         reference_[n][i] = sum_[n][i] = 0.0f;
         position_[n][i] = first_position + (tile.row_tile * p_.rows_per_tile + row_of(n, i)) / p_.group;
       }
-      load_queries(tile, n);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) out_[b][n][i] = 0.0f;
       }
     }
+    named_barrier(kMathBarrier, kMathThreads);
+    // The fragments of Q^T, the right operand of K Q^T: row g of each step.
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int row = row_base_ + 8 * n;
+      const auto* words = reinterpret_cast<const std::uint32_t*>(shared_.query[row + g()]);
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) query_[n][s][i] = words[8 * s + 4 * i + t()];
+      }
+      if constexpr (Format::kScaled) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) factor_[n][i] = shared_.factor[row + 2 * t() + i];
+      }
+    }
   }
 
-  // Two neighbouring elements; any address that is a multiple of 2.
-  __device__ std::uint32_t load_pair(const char* from) const {
-    if (p_.wide_q) return __ldg(reinterpret_cast<const std::uint32_t*>(from));
-    const auto* halves = reinterpret_cast<const unsigned short*>(from);
-    return __ldg(halves) | static_cast<std::uint32_t>(__ldg(halves + 1)) << 16;
+  // Two neighbouring elements, wherever they lie: of two aligned words if they straddle them.
+  __device__ static std::uint32_t load_pair(const char* from) {
+    const auto address = reinterpret_cast<std::uintptr_t>(from);
+    const auto* words = reinterpret_cast<const std::uint32_t*>(address & ~std::uintptr_t{3});
+    const bool straddles = (address & 2) != 0;
+    const std::uint32_t low = __ldg(words), high = straddles ? __ldg(words + 1) : 0u;
+    return __funnelshift_r(low, high, straddles ? 16 : 0);
   }
 
   __device__ static float2 to_floats(std::uint32_t pair) {
@@ -106,60 +124,75 @@ class Math {
     }
   }
 
-  // The fragments of Q^T, the right operand of K Q^T: row g of step n.
-  __device__ void load_queries(const Stage& tile, int n) {
-    const int row = tile.row_tile * p_.rows_per_tile + row_base_ + 8 * n + g();
-    const bool inside = row < p_.rows();
-    const int query = inside ? row / p_.group : 0, head = tile.head * p_.group + (inside ? row % p_.group : 0);
-    const char* q = p_.q + tile.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
-    if constexpr (!Format::kScaled) {
+  // Q as operands in shared memory. A warp takes a row at a time; a lane has elements 4 lane to 4 lane + 3 of each 128.
+  __device__ void stage_queries(const Stage& tile) {
+    constexpr int kLoads = (kDim + 127) / 128;
+    const int tile_rows = slice_sets_ == kMathWarps ? 8 * kColumns : p_.rows_per_tile;
+#pragma unroll 1
+    for (int tile_row = warp_; tile_row < tile_rows; tile_row += kMathWarps) {
+      const int row = tile.row_tile * p_.rows_per_tile + tile_row;
+      const bool inside = row < p_.rows();
+      const int query = inside ? row / p_.group : 0, head = tile.head * p_.group + (inside ? row % p_.group : 0);
+      const char* q = p_.q + tile.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
+      std::uint32_t pairs[kLoads][2];
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
+      for (int l = 0; l < kLoads; ++l) {
+        const int element = 4 * (lane_ + 32 * l);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) query_[n][s][i] = inside ? load_pair(q + 2 * (16 * s + 8 * i + 2 * t())) : 0u;
+        for (int i = 0; i < 2; ++i) pairs[l][i] = inside && element < kDim ? load_pair(q + 2 * element + 4 * i) : 0u;
       }
-    } else {
-      // Elements 4t to 4t + 3 of each 16.
-      std::uint32_t pairs[kDim / 16][2];
-      float largest = 0.0f;
+      auto* words = reinterpret_cast<std::uint32_t*>(shared_.query[tile_row]);
+      if constexpr (!Format::kScaled) {
 #pragma unroll
-      for (int s = 0; s < kDim / 16; ++s) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          pairs[s][i] = inside ? load_pair(q + 2 * (16 * s + 4 * t() + 2 * i)) : 0u;
-          const float2 x = to_floats(pairs[s][i]);
-          largest = fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y)));
-        }
-      }
-      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
-      float scale = 1.0f;  // of the row
-      if constexpr (Format::kInt8) {
-        scale = p_.q_scale != nullptr ? __ldg(p_.q_scale) : p_.q_static_scale;
-        if (!(scale > 0.0f)) scale = largest / 127.0f;
-#pragma unroll
-        for (int s = 0; s < kDim / 16; ++s) {
-          const float2 low = to_floats(pairs[s][0]), high = to_floats(pairs[s][1]);
-          query_[n][s / 2][s % 2] = quantize(low.x, scale) | quantize(low.y, scale) << 8 |
-                                    quantize(high.x, scale) << 16 | quantize(high.y, scale) << 24;
+        for (int l = 0; l < kLoads; ++l) {
+          const int word = 2 * (lane_ + 32 * l);
+          if (2 * word < kDim) *reinterpret_cast<uint2*>(words + word) = make_uint2(pairs[l][0], pairs[l][1]);
         }
       } else {
-        // A power of two, so that the row fits fp16 whatever its range: the largest element becomes 1 to 2.
-        const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
-        if (exponent > -127 && exponent < 127) scale = __uint_as_float(static_cast<unsigned>(exponent + 127) << 23);
-        const float inverse = 1.0f / scale;
+        float x[kLoads][4], largest = 0.0f;
 #pragma unroll
-        for (int s = 0; s < kDim / 16; ++s) {
-          const float2 low = to_floats(pairs[s][0]), high = to_floats(pairs[s][1]);
-          query_[n][s][0] = pack<__half>(low.y * inverse, high.y * inverse);  // the odd elements, see scores()
-          query_[n][s][1] = pack<__half>(low.x * inverse, high.x * inverse);
+        for (int l = 0; l < kLoads; ++l) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float2 two = to_floats(pairs[l][i]);
+            x[l][2 * i] = two.x;
+            x[l][2 * i + 1] = two.y;
+            largest = fmaxf(largest, fmaxf(fabsf(two.x), fabsf(two.y)));
+          }
         }
-        scale *= 256.0f;
+#pragma unroll
+        for (int lanes = 1; lanes < 32; lanes *= 2) {
+          largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, lanes));
+        }
+        float scale = 1.0f;  // of the row
+        if constexpr (Format::kInt8) {
+          scale = p_.q_scale != nullptr ? __ldg(p_.q_scale) : p_.q_static_scale;
+          if (!(scale > 0.0f)) scale = largest / 127.0f;
+        } else {
+          // A power of two, so that the row fits fp16 whatever its range: the largest element becomes 1 to 2.
+          const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
+          if (exponent > -127 && exponent < 127) scale = __uint_as_float(static_cast<unsigned>(exponent + 127) << 23);
+        }
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) {
+          const int piece = lane_ + 32 * l;
+          if (4 * piece >= kDim) continue;
+          if constexpr (Format::kInt8) {
+            words[piece] = quantize(x[l][0], scale) | quantize(x[l][1], scale) << 8 | quantize(x[l][2], scale) << 16 |
+                           quantize(x[l][3], scale) << 24;
+          } else {
+            // The odd elements of four, then, for the next product's columns, the even ones: see scores().
+            const float inverse = 1.0f / scale;
+            const int word = piece / 4 * 8 + piece % 4;
+            words[word] = pack<__half>(x[l][1] * inverse, x[l][3] * inverse);
+            words[word + 4] = pack<__half>(x[l][0] * inverse, x[l][2] * inverse);
+          }
+        }
+        if (lane_ == 0) {
+          const float k_scale = p_.partition == 0 ? __ldg(p_.k_scale) : 1.0f;
+          shared_.factor[tile_row] = scale * (Format::kFp8 ? 256.0f : 1.0f) * p_.score_factor * k_scale;
+        }
       }
-      scale *= p_.score_factor;
-      if (p_.partition == 0) scale *= __ldg(p_.k_scale);
-      factor_[n][0] = __shfl_sync(kFullWarp, scale, 8 * t());
-      factor_[n][1] = __shfl_sync(kFullWarp, scale, 8 * t() + 4);
     }
   }
 
@@ -357,6 +390,11 @@ class Math {
     if constexpr (Format::kBytes == 2) {
       const int first = tile.kv_len - p_.num_queries;
       const int* keys = tile.keys + slice * kSliceKeys + 2 * t();
+      int query_of[kColumns];  // of row g of a step
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        query_of[n] = (tile.row_tile * p_.rows_per_tile + row_base_ + 8 * n + g()) / p_.group;
+      }
 #pragma unroll 1
       for (int query = 0; query < p_.num_queries; ++query) {
         bool seen[4];
@@ -368,9 +406,8 @@ class Math {
         std::uint32_t own[kColumns][2];
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
-          const int row = tile.row_tile * p_.rows_per_tile + row_base_ + 8 * n + g();
 #pragma unroll
-          for (int i = 0; i < 2; ++i) own[n][i] = row / p_.group == query ? p[n][i] : 0u;
+          for (int i = 0; i < 2; ++i) own[n][i] = query_of[n] == query ? p[n][i] : 0u;
         }
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
@@ -385,8 +422,7 @@ class Math {
             mma<Product>(c, a[0], own[n][0], own[n][1]);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const int row = tile.row_tile * p_.rows_per_tile + row_of(n, i % 2);
-              if (row / p_.group == query) out_[b][n][i] += c[i];
+              if (position_[n][i % 2] == first + query) out_[b][n][i] += c[i];
             }
           }
         }
@@ -404,9 +440,9 @@ class Math {
     const float sink = p_.sinks != nullptr ? __ldg(p_.sinks + head) * kLog2E : -INFINITY;
     const float largest = fmaxf(max, sink), reference = largest == -INFINITY ? 0.0f : largest;
     const float correction = exp2_approx(max - reference), all = sum * correction + exp2_approx(sink - reference);
-    float factor = all == 0.0f ? 0.0f : correction / all;
+    float factor = all == 0.0f ? 0.0f : __fdividef(correction, all);
     if constexpr (Format::kScaled) factor *= __ldg(p_.v_scale) * Format::kValueFactor;
-    return {factor, all == 0.0f ? -INFINITY : (reference + log2f(all)) * kLn2};
+    return {factor, all == 0.0f ? -INFINITY : (reference + __log2f(all)) * kLn2};
   }
 
   __device__ void write(int request, int head, int row, int column, const float (&x)[4], const Final& final) const {
@@ -465,14 +501,17 @@ class Math {
         }
       }
       named_barrier(kMathBarrier, kMathThreads);
+#pragma unroll 1
       for (int piece = thread; piece < rows * kPieces; piece += kMathThreads) {
         const int row = piece / kPieces, column = piece % kPieces * 4;
         // The same row of the warps that share it, which lie `slice_sets_` after each other.
         const int group = row / (8 * kColumns) * slice_sets_;
         const int first = group * 8 * kColumns + row % (8 * kColumns);
         float largest = -INFINITY, sum = 0.0f, x[4] = {};
+#pragma unroll 2
         for (int s = 0; s < slice_sets_; ++s) largest = fmaxf(largest, shared_.max[first + s * 8 * kColumns]);
         const float reference = largest == -INFINITY ? 0.0f : largest;
+#pragma unroll 2
         for (int s = 0; s < slice_sets_; ++s) {
           const int at = first + s * 8 * kColumns;
           const float weight = exp2_approx(shared_.max[at] - reference);
@@ -516,6 +555,7 @@ class Math {
   __device__ void merge(const Item& item, int request, int head, int first_row, int rows) const {
     constexpr int kVectors = (kDim + 127) / 128;  // of 4 features, a lane
     const bool fixed = p_.shape.split_keys > 0;
+#pragma unroll 1
     for (int row = warp_; row < rows; row += kMathWarps) {
       const auto state = [&](int split) {
         return split < item.num_splits
@@ -535,7 +575,7 @@ class Math {
         const float weight = exp2_approx(own.x - reference);
         sum += weight * own.y;
         const int count = min(32, item.num_splits - first);
-#pragma unroll 8
+#pragma unroll 4
         for (int s = 0; s < count; ++s) {
           const float w = __shfl_sync(kFullWarp, weight, s);
           const float* from = p_.partial_out + (slot_of(fixed, item.slot, first + s) * p_.partial_rows + row) * kDim;

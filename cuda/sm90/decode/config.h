@@ -32,12 +32,13 @@ constexpr RowTile row_tile(std::int64_t rows, int head_dim) {
 
 // Shared memory of a block on sm_90, less what the compiler's own use may take.
 inline constexpr int kSharedBytes = 227 * 1024;
-// Bytes in which the warps of a block exchange their results at the end of an item.
-inline constexpr int kExchangeBytes = 36 * 1024;
 
 // Rows of K and V in shared memory: an odd number of 16-byte units apart, so that the eight rows of a matrix lie in
 // different banks.
 constexpr int row_pitch(int row_bytes) { return row_bytes / 16 % 2 == 1 ? row_bytes : row_bytes + 16; }
+
+// What starting and ending a unit costs beside its keys, in granules of 16 keys of 16-bit elements.
+inline constexpr int kOverheadGranules = 4;
 
 inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 

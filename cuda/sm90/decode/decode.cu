@@ -64,8 +64,8 @@ Params params_of(const DecodeArgs& a) {
   p.shape.entries = listed ? a.batch * a.num_kv_heads : a.batch;
   p.shape.units_per_entry = listed ? p.row_tiles : p.num_kv_heads * p.row_tiles;
   p.shape.ctas = multiprocessors(a.device);
+  p.shape.overhead = a.cache_dtype == a.dtype ? decode::kOverheadGranules : 2 * decode::kOverheadGranules;
   p.shape.split_keys = clamp(ceil_div(a.schedule.split_size, decode::kTileKeys) * decode::kTileKeys);
-  p.shape.chunks_per_cta = decode::kQueueChunks;
   p.stealing = a.schedule.kind == ScheduleKind::kAuto || a.schedule.kind == ScheduleKind::kStealing;
   if (p.shape.split_keys > 0) {
     p.max_splits = std::max<std::int64_t>(1, ceil_div(listed ? a.num_tokens : a.max_kv_len, p.shape.split_keys));
@@ -91,7 +91,8 @@ std::int64_t lay_out(Params& p, std::int64_t head_dim, void* workspace) {
   take(p.starts, p.shape.entries + 1);
   take(p.counts, p.shape.entries);
   take(p.arrived, p.units());
-  take(p.queue, p.shape.ctas + 2);
+  take(p.own, p.shape.ctas);
+  take(p.queue, p.shape.ctas + 1);
   take(p.partial_state, slots * p.partial_rows);
   take(p.partial_out, slots * p.partial_rows * head_dim);
   return at;
@@ -108,7 +109,6 @@ void set_data(const DecodeArgs& a, Params& p) {
   p.q_stride = bytes(a.q_stride);
   p.out_stride = bytes(a.out_stride);
   p.lse_stride = {a.lse_stride.batch, a.lse_stride.seq, a.lse_stride.head};
-  p.wide_q = aligned(a.q, a.q_stride, q_bytes, 4);
   p.wide_out = aligned(a.out, a.out_stride, q_bytes, 8);
 
   if (reinterpret_cast<std::uintptr_t>(a.k) % 16 != 0 || reinterpret_cast<std::uintptr_t>(a.v) % 16 != 0) {

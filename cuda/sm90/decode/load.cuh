@@ -19,36 +19,30 @@ __device__ __forceinline__ int kv_len_of(const Params& p, std::int64_t request) 
 // Which chunks this CTA works on: those of its own queue, then what others left in theirs. One loading warp asks.
 class Queues {
  public:
-  __device__ explicit Queues(const Params& p) : p_(p), cta_(static_cast<int>(blockIdx.x)) {
-    if (p.shape.chunks_per_cta > 1) taken_ = __ldcg(p.queue + p.shape.ctas + 1);
-  }
+  __device__ explicit Queues(const Params& p) : p_(p), cta_(static_cast<int>(blockIdx.x)) {}
 
-  // The next chunk, or -1; the same for all lanes.
-  __device__ int take() {
-    const auto count = static_cast<unsigned>(p_.shape.chunks_per_cta);
-    if (first_) {
-      first_ = false;
-      return cta_ * p_.shape.chunks_per_cta;  // its first chunk nobody else may take
-    }
-    if (!p_.stealing) return taken_ < count ? cta_ * p_.shape.chunks_per_cta + static_cast<int>(taken_++) : -1;
-    if (taken_ >= count) return -1;  // no queue has more than one chunk
+  // The chunk after the first, or -1; the same for all lanes. per_cta: chunks of every queue.
+  __device__ int take(int per_cta) {
+    if (per_cta == 1) return -1;
+    if (!p_.stealing) return taken_ < per_cta ? cta_ * per_cta + taken_++ : -1;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     while (cta_ >= 0) {
-      unsigned n = 0;
-      if (lane == 0) n = atomicAdd(p_.queue + cta_, 1u);
+      int n = 0;
+      if (lane == 0) n = static_cast<int>(atomicAdd(p_.queue + cta_, 1u));
       n = __shfl_sync(kFullWarp, n, 0);
-      if (n < count) return cta_ * p_.shape.chunks_per_cta + static_cast<int>(n);
-      cta_ = find(count, lane);
+      if (n < per_cta) return cta_ * per_cta + n;
+      cta_ = find(per_cta, lane);
     }
     return -1;
   }
 
  private:
   // A CTA with chunks left, looked for from this one on, a warp's worth at a time.
-  __device__ int find(unsigned count, int lane) const {
+  __device__ int find(int per_cta, int lane) const {
+#pragma unroll 1
     for (int first = 1; first < p_.shape.ctas; first += 32) {
       const int cta = (static_cast<int>(blockIdx.x) + first + lane) % p_.shape.ctas;
-      const bool left = first + lane < p_.shape.ctas && __ldcg(p_.queue + cta) < count;
+      const bool left = first + lane < p_.shape.ctas && static_cast<int>(__ldcg(p_.queue + cta)) < per_cta;
       const unsigned who = __ballot_sync(kFullWarp, left);
       if (who != 0) return __shfl_sync(kFullWarp, cta, __ffs(static_cast<int>(who)) - 1);
     }
@@ -56,9 +50,7 @@ class Queues {
   }
 
   const Params& p_;
-  int cta_;
-  bool first_ = true;
-  unsigned taken_ = 1;
+  int cta_, taken_ = 1;
 };
 
 // What a loading warp does: slice `warp` of every tile.
@@ -68,24 +60,28 @@ class Loader {
   using Shared = typename Config::Shared;
 
   __device__ Loader(const Params& p, Shared& shared, int warp)
-      : p_(p), shared_(shared), warp_(warp), lane_(static_cast<int>(threadIdx.x) % 32), policy_(evict_first_policy()) {}
+      : p_(p),
+        shared_(shared),
+        warp_(warp),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        policy_(evict_first_policy()),
+        queues_(p) {}
 
+  // Tiles are issued one behind, so that the places of a tile's keys are on their way while the one before is issued.
   __device__ void run() {
-    Queues queues(p_);
-    for (int index = next_chunk(queues); index >= 0; index = next_chunk(queues)) {
-      const Chunk chunk = load_chunk(p_.chunks + index);
-      for (Walk walk{chunk.begin}; walk.more(chunk);) {
-        open(walk.at.unit);
-        const Item item = walk.next(p_.shape, chunk, index, keys_, p_.max_splits);
-        int begin = item.begin;
-        do {
-          push({item, begin, row_tile_, head_, request_, kv_len_, all_see_from_, all_see_to_});
-          begin += kTileKeys;
-        } while (begin < item.end);
-      }
-      push({});  // what is pending does not wait for the next chunk
+    chunk_ = load_chunk(p_.own + blockIdx.x);
+    walk_.at = chunk_.begin;
+    Tile pending;
+    Row pending_row;
+#pragma unroll 1
+    for (bool more = true; more;) {
+      Tile tile;
+      more = next(tile);
+      const Row row = look_up(tile);
+      if (pending.item.unit != kNoUnit || !more) issue(pending, pending_row);
+      pending = tile;
+      pending_row = row;
     }
-    finish();
     if (p_.stealing && warp_ == 0 && lane_ == 0) leave();
   }
 
@@ -93,6 +89,12 @@ class Loader {
   struct Tile {
     Item item{kNoUnit};
     int begin = 0, row_tile = 0, head = 0, request = 0, kv_len = 0, all_see_from = 0, all_see_to = 0;
+  };
+
+  // Where the key of one of the slice's rows lies. Lanes l and l + 16 know the same row.
+  struct Row {
+    int key = kNoKey, page = -1;
+    unsigned slot = 0;
   };
 
   __device__ static Chunk load_chunk(const Chunk* from) {
@@ -103,11 +105,36 @@ class Loader {
     return chunk;
   }
 
+  // The next tile. At the end of a chunk comes one without a unit, so that what is pending does not wait for the next
+  // chunk; after the last one too, with the answer false.
+  __device__ bool next(Tile& tile) {
+    if (begin_ + kTileKeys < item_.end) {
+      begin_ += kTileKeys;
+    } else if (walk_.more(chunk_)) {
+      open(walk_.at.unit);
+      item_ = walk_.next(p_.shape, chunk_, keys_, p_.max_splits);
+      begin_ = item_.begin;
+      flushed_ = false;
+    } else if (!flushed_) {
+      flushed_ = true;
+      item_.end = begin_ = 0;
+      return true;
+    } else {
+      const int index = next_chunk();
+      if (index < 0) return false;
+      chunk_ = load_chunk(p_.chunks + index);
+      walk_.at = chunk_.begin;
+      return true;
+    }
+    tile = {item_, begin_, row_tile_, head_, request_, kv_len_, all_see_from_, all_see_to_};
+    return true;
+  }
+
   // All loading warps get the same chunks in the same order.
-  __device__ int next_chunk(Queues& queues) {
-    if (!p_.stealing) return queues.take();
+  __device__ int next_chunk() {
+    if (!p_.stealing) return queues_.take(chunk_.per_cta);
     if (warp_ == 0) {
-      const int index = queues.take();
+      const int index = queues_.take(chunk_.per_cta);
       if (lane_ == 0) shared_.next_chunk[parity_] = index;
     }
     named_barrier(kLoadBarrier, 32 * kLoadWarps);
@@ -143,54 +170,46 @@ class Loader {
     all_see_to_ = p_.tokens != nullptr ? 0 : kv_len_ - p_.mask.num_queries + right + 1 + shift;
   }
 
-  // Tiles are issued one behind: the places of a tile's keys are on their way while the one before is issued.
-  __device__ void push(const Tile& tile) {
-    const int row = lane_ % kSliceKeys, i = tile.begin + warp_ * kSliceKeys + row;
-    int key = kNoKey, page = -1;
-    unsigned slot = 0;
-    if (tile.item.unit != kNoUnit && i < tile.item.end) {
-      key = p_.tokens != nullptr
-                ? __ldg(p_.tokens + tile.request * p_.tokens_batch_stride + tile.head * p_.tokens_head_stride + i)
-                : visible_.key(i);
-      if (static_cast<unsigned>(key) < static_cast<unsigned>(tile.kv_len)) {
-        const unsigned index = static_cast<unsigned>(key) / p_.page_size;
-        slot = static_cast<unsigned>(key) - index * p_.page_size;
-        page = __ldg(p_.block_table + tile.request * p_.table_stride + index);
-      } else {
-        key = kNoKey;
-      }
-    }
-    if (pending_.item.unit != kNoUnit) issue();
-    pending_ = tile;
-    key_ = key;
-    page_ = page;
-    slot_ = slot;
+  __device__ Row look_up(const Tile& tile) const {
+    Row row;
+    const int i = tile.begin + warp_ * kSliceKeys + lane_ % kSliceKeys;
+    if (tile.item.unit == kNoUnit || i >= tile.item.end) return row;
+    const int key =
+        p_.tokens == nullptr
+            ? visible_.key(i)
+            : __ldg(p_.tokens + tile.request * p_.tokens_batch_stride + tile.head * p_.tokens_head_stride + i);
+    if (static_cast<unsigned>(key) >= static_cast<unsigned>(tile.kv_len)) return row;
+    const unsigned index = static_cast<unsigned>(key) / p_.page_size;
+    row.key = key;
+    row.slot = static_cast<unsigned>(key) - index * p_.page_size;
+    row.page = __ldg(p_.block_table + tile.request * p_.table_stride + index);
+    return row;
   }
 
-  __device__ void issue() {
+  // Fills the next stage: with a tile, or, without a unit, with the word that nothing follows.
+  __device__ void issue(const Tile& tile, const Row& row) {
     auto& stage = shared_.stages[stage_];
-    const Tile& tile = pending_;
-    const bool inside = static_cast<unsigned>(page_) < p_.num_pages;
+    const bool inside = static_cast<unsigned>(row.page) < p_.num_pages;
     std::uint32_t k_at = kNowhere, v_at = kNowhere;
     if (inside) {
-      const auto page = static_cast<std::uint32_t>(page_), head = static_cast<std::uint32_t>(tile.head);
-      k_at = page * p_.k_page_stride + head * p_.k_head_stride + slot_ * p_.k_slot_stride;
-      v_at = page * p_.v_page_stride + head * p_.v_head_stride + slot_ * p_.v_slot_stride;
+      const auto page = static_cast<std::uint32_t>(row.page), head = static_cast<std::uint32_t>(tile.head);
+      k_at = page * p_.k_page_stride + head * p_.k_head_stride + row.slot * p_.k_slot_stride;
+      v_at = page * p_.v_page_stride + head * p_.v_head_stride + row.slot * p_.v_slot_stride;
     }
     shared_.empty[stage_].wait(phase_ ^ 1);
     if (tile.begin + warp_ * kSliceKeys < tile.item.end) {  // slices beyond the end are not computed
       copy_rows(stage.k, p_.k, k_at);
       copy_rows(stage.v, p_.v, v_at);
       if (lane_ < kSliceKeys) {
-        const int row = warp_ * kSliceKeys + lane_;
-        stage.keys[row] = inside ? key_ : kNoKey;
+        const int at = warp_ * kSliceKeys + lane_;
+        stage.keys[at] = inside ? row.key : kNoKey;
         if (Config::Format::kScaled && p_.partition > 0) {
           const float* scale = p_.k_scale;
           if (inside) {
-            scale += page_ * p_.k_scale_page_stride + tile.head * p_.k_scale_head_stride +
-                     slot_ / static_cast<unsigned>(p_.partition) * p_.k_scale_group_stride;
+            scale += row.page * p_.k_scale_page_stride + tile.head * p_.k_scale_head_stride +
+                     row.slot / static_cast<unsigned>(p_.partition) * p_.k_scale_group_stride;
           }
-          copy4_async(shared_address(stage.k_scale + row), scale, inside ? 4 : 0);
+          copy4_async(shared_address(stage.k_scale + at), scale, inside ? 4 : 0);
         }
       }
     }
@@ -231,19 +250,11 @@ class Loader {
     }
   }
 
-  __device__ void finish() {
-    shared_.empty[stage_].wait(phase_ ^ 1);
-    if (warp_ == 0 && lane_ == 0) shared_.stages[stage_].item.unit = kNoUnit;
-    shared_.full[stage_].arrive_when_copied();
-    __syncwarp();
-    if (lane_ == 0) shared_.full[stage_].arrive();
-  }
-
   // The last CTA to find all queues empty fills them again, for the next launch with this plan.
   __device__ void leave() {
     unsigned* gone = p_.queue + p_.shape.ctas;
     if (atomicAdd(gone, 1u) + 1 != gridDim.x) return;
-    for (int i = 0; i < p_.shape.ctas; ++i) p_.queue[i] = gone[1];
+    for (int i = 0; i < p_.shape.ctas; ++i) p_.queue[i] = 1;
     *gone = 0;
   }
 
@@ -255,13 +266,16 @@ class Loader {
   std::uint64_t policy_;
   int stage_ = 0, phase_ = 0, parity_ = 0;
 
+  Queues queues_;
+  Chunk chunk_;
+  Walk walk_;
+  Item item_;
+  int begin_ = 0;
+  bool flushed_ = false;
+
   unsigned unit_ = kNoUnit, entry_ = kNoUnit;
   int row_tile_ = 0, head_ = 0, request_ = 0, kv_len_ = 0, keys_ = 0, all_see_from_ = 0, all_see_to_ = 0;
   VisibleKeys visible_;
-
-  Tile pending_;
-  int key_ = 0, page_ = 0;
-  unsigned slot_ = 0;
 };
 
 }  // namespace heddle::cuda::decode

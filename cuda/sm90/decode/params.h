@@ -17,7 +17,7 @@ struct Params {
   char* out = nullptr;
   float* lse = nullptr;
   RowStrides q_stride, out_stride, lse_stride;
-  bool wide_q = false, wide_out = false;  // rows of q may be read by 4 bytes, those of out written by 8
+  bool wide_out = false;  // rows of out may be written by 8 bytes
 
   // Pages of keys and values, strides in units of 16 bytes.
   const char *k = nullptr, *v = nullptr;
@@ -55,8 +55,8 @@ struct Params {
   std::int64_t* starts = nullptr;  // [entries + 1]
   std::int32_t* counts = nullptr;  // [entries], with token lists
   unsigned* arrived = nullptr;     // [units]: splits that are done
-  // [ctas + 2]: chunks of each CTA that are taken; CTAs that found nothing more; where the counts of taken chunks
-  // start: 1, or chunks_per_cta if all but the first are empty.
+  Chunk* own = nullptr;            // [ctas]: a copy of the first chunk of each
+  // [ctas + 1]: chunks of each CTA that are taken (from 1 on: the first is its own); CTAs that found nothing more
   unsigned* queue = nullptr;
   float* partial_out = nullptr;     // [slots, partial_rows, D]
   float2* partial_state = nullptr;  // [slots, partial_rows]: maximum and sum

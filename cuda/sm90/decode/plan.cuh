@@ -86,9 +86,13 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const __grid_cons
     places[c] = place_at(p.shape, starts, c < chunks ? chunk_start(p.shape, total, c) : total, keys_of);
   }
   __syncthreads();
-  for (int c = thread; c < chunks; c += kPlanThreads) p.chunks[c] = chunk_at(p.shape, places, c);
-  const unsigned taken = shares_are_short(p.shape, total) ? static_cast<unsigned>(p.shape.chunks_per_cta) : 1u;
-  for (int i = thread; i <= p.shape.ctas + 1; i += kPlanThreads) p.queue[i] = i == p.shape.ctas ? 0u : taken;
+  const int per_cta = chunks_per_share(p.shape, total);
+  for (int c = thread; c < chunks; c += kPlanThreads) {
+    const Chunk chunk = chunk_at(p.shape, places, c, per_cta);
+    p.chunks[c] = chunk;
+    if (c % per_cta == 0 && c / per_cta < p.shape.ctas) p.own[c / per_cta] = chunk;
+  }
+  for (int i = thread; i <= p.shape.ctas; i += kPlanThreads) p.queue[i] = i == p.shape.ctas ? 0 : 1;
 }
 
 }  // namespace heddle::cuda::decode

@@ -18,7 +18,6 @@
 namespace heddle::cuda::decode {
 
 inline constexpr int kGranuleKeys = 16;
-inline constexpr int kOverheadGranules = 1;  // what starting a unit costs, in granules
 inline constexpr int kMinPieceGranules = 4;  // a cut closer than this to an end of a unit moves there
 inline constexpr int kUnbounded = 1 << 30;
 
@@ -64,15 +63,15 @@ struct PlanShape {
   std::int64_t entries = 0;
   int units_per_entry = 1;
   int ctas = 1;
-  int chunks_per_cta = 1;  // 1 or kQueueChunks
-  int split_keys = 0;      // > 0: every split of a unit has this many keys, a multiple of a tile
+  int overhead = 0;    // what starting a unit costs, in granules
+  int split_keys = 0;  // > 0: every split of a unit has this many keys, a multiple of a tile
 
-  HEDDLE_HD int chunks() const { return ctas * chunks_per_cta; }
+  HEDDLE_HD int chunks() const { return ctas * kQueueChunks; }
   HEDDLE_HD int granule() const { return split_keys > 0 ? split_keys : kGranuleKeys; }
   HEDDLE_HD int granules(int keys) const { return (keys + granule() - 1) / granule(); }
   // Length of a unit on the line, never 0.
   HEDDLE_HD int length(int keys) const {
-    const int n = granules(keys) + (split_keys > 0 ? 0 : kOverheadGranules);
+    const int n = granules(keys) + (split_keys > 0 ? 0 : overhead);
     return n > 0 ? n : 1;
   }
 };
@@ -88,7 +87,9 @@ struct Place {
 // `begin` or `end` lies at the start of a unit).
 struct Chunk {
   Place begin, end;
-  std::int32_t first_chunk = 0, last_chunk = 0, unused[2] = {};
+  std::int32_t first_chunk = 0, last_chunk = 0;
+  std::int32_t index = 0;    // of this chunk
+  std::int32_t per_cta = 1;  // chunks of each CTA's queue: CTA c has those from c * per_cta on
 };
 
 // CTAs that get a share of a line of `total` granules; a share is at least a piece.
@@ -96,24 +97,18 @@ HEDDLE_HD std::int64_t sharing_ctas(const PlanShape& shape, std::int64_t total) 
   const std::int64_t shares = total / (shape.split_keys > 0 ? 1 : kMinPieceGranules);
   return shares < 1 ? 1 : shares < shape.ctas ? shares : shape.ctas;
 }
-// Whether all but the first chunk of every CTA are empty.
-HEDDLE_HD bool shares_are_short(const PlanShape& shape, std::int64_t total) {
-  return total / sharing_ctas(shape, total) < (shape.split_keys > 0 ? kQueueChunks : kMinStealGranules);
+// Chunks that each CTA's share is cut into: those of a short share are one.
+HEDDLE_HD int chunks_per_share(const PlanShape& shape, std::int64_t total) {
+  const int enough = shape.split_keys > 0 ? kQueueChunks : kMinStealGranules;
+  return total / sharing_ctas(shape, total) < enough ? 1 : kQueueChunks;
 }
 
-// Where chunk c begins on the line.
+// Where chunk c of shape.chunks() begins on the line. Chunks beyond the line are empty.
 HEDDLE_HD std::int64_t chunk_start(const PlanShape& shape, std::int64_t total, int chunk) {
   const std::int64_t ctas = sharing_ctas(shape, total);
-  const int of_cta = chunk % shape.chunks_per_cta;
-  int cta = chunk / shape.chunks_per_cta, sixteenths = 0;
-  if (of_cta > 0) {
-    if (shares_are_short(shape, total)) {
-      ++cta;
-    } else {
-      sixteenths = of_cta == 1 ? 12 : of_cta == 2 ? 14 : 15;
-    }
-  }
+  const int per_cta = chunks_per_share(shape, total), cta = chunk / per_cta, at = chunk % per_cta;
   if (cta >= ctas) return total;
+  const int sixteenths = at == 0 ? 0 : at == 1 ? 12 : at == 2 ? 14 : 15;
   return total * (16 * std::int64_t{cta} + sixteenths) / (16 * ctas);
 }
 
@@ -147,11 +142,12 @@ HEDDLE_HD int last_not_after(const Place* places, int count, std::uint64_t order
 }
 
 // Chunk c, from the places where all chunks begin and the end of the line (chunks + 1 of them).
-HEDDLE_HD Chunk chunk_at(const PlanShape& shape, const Place* places, int chunk) {
+HEDDLE_HD Chunk chunk_at(const PlanShape& shape, const Place* places, int chunk, int per_cta) {
   Chunk c;
   c.begin = places[chunk];
   c.end = places[chunk + 1];
-  c.first_chunk = c.last_chunk = chunk;
+  c.index = c.first_chunk = c.last_chunk = chunk;
+  c.per_cta = per_cta;
   if (c.begin.key > 0) c.first_chunk = last_not_after(places, shape.chunks(), Place{c.begin.unit, 0}.order());
   if (c.end.key > 0) c.last_chunk = last_not_after(places, shape.chunks(), Place{c.end.unit + 1, 0}.order() - 1);
   return c;
@@ -176,7 +172,7 @@ struct Walk {
 
   HEDDLE_HD bool more(const Chunk& chunk) const { return at.order() < chunk.end.order(); }
   // keys: of the unit at `at`; max_splits: of any unit, with fixed splits.
-  HEDDLE_HD Item next(const PlanShape& shape, const Chunk& chunk, int index, int keys, std::int64_t max_splits) {
+  HEDDLE_HD Item next(const PlanShape& shape, const Chunk& chunk, int keys, std::int64_t max_splits) {
     Item item;
     item.unit = at.unit;
     item.begin = static_cast<int>(at.key);
@@ -189,8 +185,8 @@ struct Walk {
     } else {
       const bool ends = at.unit != chunk.end.unit;  // the unit ends in this chunk
       if (!ends) item.end = static_cast<int>(chunk.end.key);
-      const int first = item.begin > 0 ? chunk.first_chunk : index, last = ends ? index : chunk.last_chunk;
-      item.split = index - first;
+      const int first = item.begin > 0 ? chunk.first_chunk : chunk.index, last = ends ? chunk.index : chunk.last_chunk;
+      item.split = chunk.index - first;
       item.num_splits = last - first + 1;
       item.slot = first;
     }

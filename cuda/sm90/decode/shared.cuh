@@ -30,9 +30,14 @@ struct Config {
     int all_see_from, all_see_to;  // the item's keys that every query sees
   };
 
+  // The rows of Q as operands, 4 words apart modulo 32 so that lanes g and t read different banks.
+  static constexpr int kQueryRows = kColumns == 1 && kDim <= 128 ? 8 : 8 * kColumns * 4;
+  static constexpr int kQueryBytes = Format::kInt8 ? 1 : 2, kQueryPitch = row_pitch(kDim * kQueryBytes);
+
   // The exchange: of each warp 8 * kColumns rows of 16 * kRoundBlocks features. The pitch makes writes and reads free
   // of bank conflicts: 4 modulo 16.
   static constexpr int kBlocks = kDim / 16;  // of 16 features
+  static constexpr int kExchangeBytes = kQueryRows == 8 ? 36 * 1024 : 20 * 1024;
   static constexpr int exchange_bytes(int blocks) { return kMathWarps * 8 * kColumns * (16 * blocks + 4) * 4; }
   static constexpr int round_blocks() {
     int blocks = kBlocks;
@@ -41,13 +46,15 @@ struct Config {
   }
   static constexpr int kRoundBlocks = round_blocks(), kExchangePitch = 16 * kRoundBlocks + 4;
 
-  static constexpr int kFixedBytes = kExchangeBytes + 2048;
+  static constexpr int kFixedBytes = exchange_bytes(kRoundBlocks) + kQueryRows * (kQueryPitch + 4) + 2048;
   static constexpr int kStages = (kSharedBytes - kFixedBytes) / static_cast<int>(sizeof(Stage) + 2 * sizeof(Barrier));
   static_assert(kStages >= 2);
 
   struct Shared {
     Stage stages[kStages];
     float exchange[kMathWarps * 8 * kColumns][kExchangePitch];
+    char query[kQueryRows][kQueryPitch];
+    float factor[kQueryRows];  // of each row of Q, what turns its products into scores
     float max[kMathWarps * 8 * kColumns], sum[kMathWarps * 8 * kColumns];
     Barrier full[kStages], empty[kStages];
     int next_chunk[2];
