@@ -38,29 +38,39 @@ class Math {
         row_base_(warp / slice_sets_ * 8 * kColumns) {}
 
   __device__ void run() {
-    for (int stage = 0, phase = 0;;) {
-      shared_.full[stage].wait(phase);
-      const Stage& tile = shared_.stages[stage];
-      const Item item = tile.item;
-      if (item.unit == kNoUnit) return;
-      const int begin = tile.begin;
-      if (begin == item.begin) start(tile);
-      const int row_tile = tile.row_tile, head = tile.head, request = tile.request;
-      // Of the item's slices, numbered through, this warp takes every slice_sets_-th.
-      const int skipped = (begin - item.begin) / kSliceKeys;
-#pragma unroll 1
-      for (int slice = (slice_set_ - skipped) & (slice_sets_ - 1); slice < kSlices; slice += slice_sets_) {
-        const int at = begin + slice * kSliceKeys;
-        if (at >= item.end) break;
-        compute(tile, slice, at < tile.all_see_from || at + kSliceKeys > min(tile.all_see_to, item.end));
-      }
+    for (int stage = 0, phase = 0, slot = 0, slot_phase = 0;;) {
+      shared_.work_full[slot].wait(slot_phase);
+      work_ = shared_.works[slot];
       __syncwarp();
-      if (lane_ == 0) shared_.empty[stage].arrive();
-      if (begin + kTileKeys >= item.end) finish(item, request, head, row_tile);
-      if (++stage == Config::kStages) {
-        stage = 0;
-        phase ^= 1;
+      if (lane_ == 0) shared_.work_empty[slot].arrive();
+      if (++slot == kWorks) {
+        slot = 0;
+        slot_phase ^= 1;
       }
+      const Item& item = work_.item;
+      if (item.unit == kNoUnit) return;
+      start();
+      const int all_see_to = min(work_.all_see_to, item.end);
+      int first = slice_set_;  // of the item's slices, numbered through, this warp takes every slice_sets_-th
+      int begin = item.begin;
+      do {
+        shared_.full[stage].wait(phase);
+        const Stage& tile = shared_.stages[stage];
+#pragma unroll 1
+        for (; first < kSlices; first += slice_sets_) {
+          const int at = begin + first * kSliceKeys;
+          if (at < item.end) compute(tile, first, at < work_.all_see_from || at + kSliceKeys > all_see_to);
+        }
+        first -= kSlices;
+        __syncwarp();
+        if (lane_ == 0) shared_.empty[stage].arrive();
+        if (++stage == Config::kStages) {
+          stage = 0;
+          phase ^= 1;
+        }
+        begin += kTileKeys;
+      } while (begin < item.end);
+      finish();
     }
   }
 
@@ -72,16 +82,16 @@ class Math {
 
   // -- the start of an item: its queries ------------------------------------------------------------------------------
 
-  __device__ void start(const Stage& tile) {
-    stage_queries(tile);
-    const int first_position = tile.kv_len - p_.num_queries;
+  __device__ void start() {
+    stage_queries();
+    const int first_position = work_.kv_len - p_.num_queries;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         max_[n][i] = -INFINITY;
         reference_[n][i] = sum_[n][i] = 0.0f;
-        position_[n][i] = first_position + (tile.row_tile * p_.rows_per_tile + row_of(n, i)) / p_.group;
+        position_[n][i] = first_position + (work_.row_tile * p_.rows_per_tile + row_of(n, i)) / p_.group;
       }
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
@@ -125,15 +135,15 @@ class Math {
   }
 
   // Q as operands in shared memory. A warp takes a row at a time; a lane has elements 4 lane to 4 lane + 3 of each 128.
-  __device__ void stage_queries(const Stage& tile) {
+  __device__ void stage_queries() {
     constexpr int kLoads = (kDim + 127) / 128;
     const int tile_rows = slice_sets_ == kMathWarps ? 8 * kColumns : p_.rows_per_tile;
 #pragma unroll 1
     for (int tile_row = warp_; tile_row < tile_rows; tile_row += kMathWarps) {
-      const int row = tile.row_tile * p_.rows_per_tile + tile_row;
+      const int row = work_.row_tile * p_.rows_per_tile + tile_row;
       const bool inside = row < p_.rows();
-      const int query = inside ? row / p_.group : 0, head = tile.head * p_.group + (inside ? row % p_.group : 0);
-      const char* q = p_.q + tile.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
+      const int query = inside ? row / p_.group : 0, head = work_.head * p_.group + (inside ? row % p_.group : 0);
+      const char* q = p_.q + work_.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
       std::uint32_t pairs[kLoads][2];
 #pragma unroll
       for (int l = 0; l < kLoads; ++l) {
@@ -388,12 +398,12 @@ class Math {
   // The same query by query, each with the values of the keys that it sees and zeros for the others.
   __device__ void values_by_query(const Stage& tile, int slice, const std::uint32_t (&p)[kColumns][2]) {
     if constexpr (Format::kBytes == 2) {
-      const int first = tile.kv_len - p_.num_queries;
+      const int first = work_.kv_len - p_.num_queries;
       const int* keys = tile.keys + slice * kSliceKeys + 2 * t();
       int query_of[kColumns];  // of row g of a step
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
-        query_of[n] = (tile.row_tile * p_.rows_per_tile + row_base_ + 8 * n + g()) / p_.group;
+        query_of[n] = (work_.row_tile * p_.rows_per_tile + row_base_ + 8 * n + g()) / p_.group;
       }
 #pragma unroll 1
       for (int query = 0; query < p_.num_queries; ++query) {
@@ -463,7 +473,9 @@ class Math {
     }
   }
 
-  __device__ void finish(const Item& item, int request, int head, int row_tile) {
+  __device__ void finish() {
+    const Item& item = work_.item;
+    const int request = work_.request, head = work_.head, row_tile = work_.row_tile;
     constexpr int kPieces = 4 * Config::kRoundBlocks;  // 4 features each, of a row in a round
     const int thread = warp_ * 32 + lane_, slots = warp_ * 8 * kColumns;
     const int first_row = row_tile * p_.rows_per_tile, rows = min(p_.rows_per_tile, p_.rows() - first_row);
@@ -606,6 +618,7 @@ class Math {
   const Params& p_;
   Shared& shared_;
   int warp_, lane_, slice_sets_, slice_set_, row_base_;
+  Work work_;
 
   std::uint32_t query_[kColumns][kSteps][2];
   float factor_[kColumns][2];

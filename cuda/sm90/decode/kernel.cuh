@@ -26,6 +26,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
       shared.full[stage].init(33 * kLoadWarps);  // the copies of every thread, and the other writes of each warp
       shared.empty[stage].init(kMathWarps);
     }
+    for (int work = 0; work < kWorks; ++work) {
+      shared.work_full[work].init(1);
+      shared.work_empty[work].init(kMathWarps);
+    }
   }
   __syncthreads();
   wait_for_predecessors();

@@ -78,17 +78,18 @@ class Loader {
       Tile tile;
       more = next(tile);
       const Row row = look_up(tile);
-      if (pending.item.unit != kNoUnit || !more) issue(pending, pending_row);
+      if (pending.keys >= 0) issue(pending, pending_row);
       pending = tile;
       pending_row = row;
     }
+    announce({});
     if (p_.stealing && warp_ == 0 && lane_ == 0) leave();
   }
 
  private:
+  // A tile of an item, from `begin` on; `keys` of the item are left (0 for an empty one). keys < 0: no tile.
   struct Tile {
-    Item item{kNoUnit};
-    int begin = 0, row_tile = 0, head = 0, request = 0, kv_len = 0, all_see_from = 0, all_see_to = 0;
+    int begin = 0, keys = -1, head = 0, request = 0;
   };
 
   // Where the key of one of the slice's rows lies. Lanes l and l + 16 know the same row.
@@ -105,8 +106,8 @@ class Loader {
     return chunk;
   }
 
-  // The next tile. At the end of a chunk comes one without a unit, so that what is pending does not wait for the next
-  // chunk; after the last one too, with the answer false.
+  // The next tile. At the end of a chunk comes one that is none, so that what is pending does not wait for the next
+  // chunk. False after the last one.
   __device__ bool next(Tile& tile) {
     if (begin_ + kTileKeys < item_.end) {
       begin_ += kTileKeys;
@@ -115,6 +116,7 @@ class Loader {
       item_ = walk_.next(p_.shape, chunk_, keys_, p_.max_splits);
       begin_ = item_.begin;
       flushed_ = false;
+      announce({item_, row_tile_, head_, request_, kv_len_, all_see_from_, all_see_to_});
     } else if (!flushed_) {
       flushed_ = true;
       item_.end = begin_ = 0;
@@ -126,8 +128,22 @@ class Loader {
       walk_.at = chunk_.begin;
       return true;
     }
-    tile = {item_, begin_, row_tile_, head_, request_, kv_len_, all_see_from_, all_see_to_};
+    tile = {begin_, item_.end - begin_, head_, request_};
     return true;
+  }
+
+  // Tells the computing warps what comes.
+  __device__ void announce(const Work& work) {
+    if (warp_ != 0) return;
+    shared_.work_empty[work_].wait(work_phase_ ^ 1);
+    if (lane_ == 0) {
+      shared_.works[work_] = work;
+      shared_.work_full[work_].arrive();
+    }
+    if (++work_ == kWorks) {
+      work_ = 0;
+      work_phase_ ^= 1;
+    }
   }
 
   // All loading warps get the same chunks in the same order.
@@ -172,13 +188,13 @@ class Loader {
 
   __device__ Row look_up(const Tile& tile) const {
     Row row;
-    const int i = tile.begin + warp_ * kSliceKeys + lane_ % kSliceKeys;
-    if (tile.item.unit == kNoUnit || i >= tile.item.end) return row;
+    const int at = warp_ * kSliceKeys + lane_ % kSliceKeys, i = tile.begin + at;
+    if (at >= tile.keys) return row;
     const int key =
         p_.tokens == nullptr
             ? visible_.key(i)
             : __ldg(p_.tokens + tile.request * p_.tokens_batch_stride + tile.head * p_.tokens_head_stride + i);
-    if (static_cast<unsigned>(key) >= static_cast<unsigned>(tile.kv_len)) return row;
+    if (static_cast<unsigned>(key) >= static_cast<unsigned>(kv_len_)) return row;
     const unsigned index = static_cast<unsigned>(key) / p_.page_size;
     row.key = key;
     row.slot = static_cast<unsigned>(key) - index * p_.page_size;
@@ -186,7 +202,7 @@ class Loader {
     return row;
   }
 
-  // Fills the next stage: with a tile, or, without a unit, with the word that nothing follows.
+  // Fills the next stage.
   __device__ void issue(const Tile& tile, const Row& row) {
     auto& stage = shared_.stages[stage_];
     const bool inside = static_cast<unsigned>(row.page) < p_.num_pages;
@@ -197,7 +213,7 @@ class Loader {
       v_at = page * p_.v_page_stride + head * p_.v_head_stride + row.slot * p_.v_slot_stride;
     }
     shared_.empty[stage_].wait(phase_ ^ 1);
-    if (tile.begin + warp_ * kSliceKeys < tile.item.end) {  // slices beyond the end are not computed
+    if (warp_ * kSliceKeys < tile.keys) {  // slices beyond the end are not computed
       copy_rows(stage.k, p_.k, k_at);
       copy_rows(stage.v, p_.v, v_at);
       if (lane_ < kSliceKeys) {
@@ -212,16 +228,6 @@ class Loader {
           copy4_async(shared_address(stage.k_scale + at), scale, inside ? 4 : 0);
         }
       }
-    }
-    if (warp_ == 0 && lane_ == 0) {
-      stage.item = tile.item;
-      stage.begin = tile.begin;
-      stage.row_tile = tile.row_tile;
-      stage.head = tile.head;
-      stage.request = tile.request;
-      stage.kv_len = tile.kv_len;
-      stage.all_see_from = tile.all_see_from;
-      stage.all_see_to = tile.all_see_to;
     }
     shared_.full[stage_].arrive_when_copied();
     __syncwarp();
@@ -270,7 +276,7 @@ class Loader {
   Chunk chunk_;
   Walk walk_;
   Item item_;
-  int begin_ = 0;
+  int begin_ = 0, work_ = 0, work_phase_ = 0;
   bool flushed_ = false;
 
   unsigned unit_ = kNoUnit, entry_ = kNoUnit;

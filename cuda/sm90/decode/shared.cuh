@@ -12,6 +12,15 @@ inline constexpr unsigned kNoUnit = 0xffffffffu;
 inline constexpr int kNoKey = 0x7fffffff;
 inline constexpr int kLoadBarrier = 1, kMathBarrier = 2;  // named barriers of the warps of a role
 
+// An item with what it is part of; unit kNoUnit: nothing follows. Announced before its first tile, so that its queries
+// are fetched beside its keys.
+struct Work {
+  Item item{kNoUnit};
+  int row_tile = 0, head = 0, request = 0, kv_len = 0;
+  int all_see_from = 0, all_see_to = 0;  // keys of the unit that every query sees
+};
+inline constexpr int kWorks = 4;
+
 template <class Format_, int kDim_, int kColumns_>
 struct Config {
   using Format = Format_;
@@ -19,15 +28,12 @@ struct Config {
   static constexpr int kRowBytes = kDim * Format::kBytes, kPitch = row_pitch(kRowBytes);
   static_assert(kSliceKeys * kRowBytes / 16 % 32 == 0, "whole warps copy a slice");
 
-  // A stage of the ring: 64 keys and values, and what they are.
+  // A stage of the ring: 64 keys and values.
   struct Stage {
     alignas(16) char k[kTileKeys * kPitch];
     alignas(16) char v[kTileKeys * kPitch];
     float k_scale[kTileKeys];
     int keys[kTileKeys];
-    Item item;
-    int begin, row_tile, head, request, kv_len;
-    int all_see_from, all_see_to;  // the item's keys that every query sees
   };
 
   // The rows of Q as operands, 4 words apart modulo 32 so that lanes g and t read different banks.
@@ -46,7 +52,7 @@ struct Config {
   }
   static constexpr int kRoundBlocks = round_blocks(), kExchangePitch = 16 * kRoundBlocks + 4;
 
-  static constexpr int kFixedBytes = exchange_bytes(kRoundBlocks) + kQueryRows * (kQueryPitch + 4) + 2048;
+  static constexpr int kFixedBytes = exchange_bytes(kRoundBlocks) + kQueryRows * (kQueryPitch + 4) + 2560;
   static constexpr int kStages = (kSharedBytes - kFixedBytes) / static_cast<int>(sizeof(Stage) + 2 * sizeof(Barrier));
   static_assert(kStages >= 2);
 
@@ -57,6 +63,8 @@ struct Config {
     float factor[kQueryRows];  // of each row of Q, what turns its products into scores
     float max[kMathWarps * 8 * kColumns], sum[kMathWarps * 8 * kColumns];
     Barrier full[kStages], empty[kStages];
+    Work works[kWorks];
+    Barrier work_full[kWorks], work_empty[kWorks];
     int next_chunk[2];
     unsigned is_last;
   };
