@@ -17,11 +17,19 @@ __device__ __forceinline__ std::uint64_t evict_first_policy() {
   return policy;
 }
 
-// Copies 16 bytes past L1; of these `bytes` (0 or 16) are read and the rest becomes zero.
+// Copies 16 bytes past L1; of these `bytes` (0 or 16) are read and the rest becomes zero. kAhead: L2 fetches the 256
+// aligned bytes around them.
+template <bool kAhead>
 __device__ __forceinline__ void copy16_async(std::uint32_t to, const void* from, int bytes, std::uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(bytes),
-               "l"(policy)
-               : "memory");
+  if constexpr (kAhead) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+                 "r"(bytes), "l"(policy)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(bytes),
+                 "l"(policy)
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ void copy4_async(std::uint32_t to, const void* from, int bytes) {

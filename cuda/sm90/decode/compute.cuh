@@ -26,6 +26,9 @@ class Math {
   using Query = typename Format::Query;
   using Product = typename Format::Product;
   static constexpr int kDim = Config::kDim, kColumns = Config::kColumns, kBlocks = Config::kBlocks;
+  // Weights are kept as 2^kShift times what they are relative to the maximum: fp16 reaches from 2^-24 to 2^16.
+  static constexpr float kShift = std::is_same_v<Product, __half> ? 15.0f : 0.0f, kTiny = 0x1p-126f,
+                         kLeast = kShift > 0.0f ? 0x1p-24f : kTiny;
   static constexpr int kSteps = Format::kInt8 ? kDim / 32 : kDim / 16;  // of the product K Q^T
 
   __device__ Math(const Params& p, Shared& shared, int warp)
@@ -253,8 +256,11 @@ class Math {
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
+        const bool seen = !(x[n][i] == -INFINITY);
         x[n][i] = exp2_approx(x[n][i] - reference_[n][i % 2]);
         sum_[n][i % 2] += x[n][i];
+        // What is seen has a weight above 0: 0 times an infinite value would be NaN.
+        if (Format::kBytes == 2 && seen && x[n][i] < kLeast) x[n][i] = kLeast;
       }
       // From rows of keys to columns of keys: the right operand of V^T P^T.
       p[n][0] = transpose_matrix(pack<Product>(x[n][0], x[n][1]));
@@ -332,8 +338,9 @@ class Math {
           largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, lanes));
         }
         largest = fmaxf(largest, max_[n][i]);
-        reference_[n][i] = largest == -INFINITY ? 0.0f : largest;
-        const float correction = exp2_approx(max_[n][i] - reference_[n][i]);
+        const float finite = largest == -INFINITY ? 0.0f : largest;
+        reference_[n][i] = finite - kShift;
+        const float correction = weight_of(max_[n][i], finite);
         max_[n][i] = largest;
         sum_[n][i] *= correction;
 #pragma unroll
@@ -449,7 +456,7 @@ class Math {
   __device__ Final finalize(float max, float sum, int head) const {
     const float sink = p_.sinks != nullptr ? __ldg(p_.sinks + head) * kLog2E : -INFINITY;
     const float largest = fmaxf(max, sink), reference = largest == -INFINITY ? 0.0f : largest;
-    const float correction = exp2_approx(max - reference), all = sum * correction + exp2_approx(sink - reference);
+    const float correction = weight_of(max, reference), all = sum * correction + exp2_approx(sink - reference);
     float factor = all == 0.0f ? 0.0f : __fdividef(correction, all);
     if constexpr (Format::kScaled) factor *= __ldg(p_.v_scale) * Format::kValueFactor;
     return {factor, all == 0.0f ? -INFINITY : (reference + __log2f(all)) * kLn2};
@@ -488,7 +495,7 @@ class Math {
 #pragma unroll
         for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
         if (g() == 0) {
-          shared_.max[slots + 8 * n + 2 * t() + i] = max_[n][i];
+          shared_.max[slots + 8 * n + 2 * t() + i] = max_[n][i] - kShift;
           shared_.sum[slots + 8 * n + 2 * t() + i] = sum;
         }
       }
@@ -522,11 +529,10 @@ class Math {
         float largest = -INFINITY, sum = 0.0f, x[4] = {};
 #pragma unroll 2
         for (int s = 0; s < slice_sets_; ++s) largest = fmaxf(largest, shared_.max[first + s * 8 * kColumns]);
-        const float reference = largest == -INFINITY ? 0.0f : largest;
 #pragma unroll 2
         for (int s = 0; s < slice_sets_; ++s) {
           const int at = first + s * 8 * kColumns;
-          const float weight = exp2_approx(shared_.max[at] - reference);
+          const float weight = weight_of(shared_.max[at], largest);
           const float4 y = *reinterpret_cast<const float4*>(shared_.exchange[at] + column);
           sum += weight * shared_.sum[at];
           x[0] += weight * y.x;
@@ -548,14 +554,12 @@ class Math {
       if (round + 1 < kBlocks / Config::kRoundBlocks || item.num_splits == 1) named_barrier(kMathBarrier, kMathThreads);
     }
     if (item.num_splits > 1) {
-      __threadfence();
       named_barrier(kMathBarrier, kMathThreads);
       if (thread == 0) {
+        // Releases what all these warps wrote (the barrier ordered it before), and acquires what the others released.
         unsigned* arrived = p_.arrived + item.unit;
-        __threadfence();
-        const bool last = atomicAdd(arrived, 1u) + 1 == static_cast<unsigned>(item.num_splits);
+        const bool last = add_acquire_release(arrived) + 1 == static_cast<unsigned>(item.num_splits);
         if (last) *arrived = 0;  // for the next launch
-        __threadfence();
         shared_.is_last = last;
       }
       named_barrier(kMathBarrier, kMathThreads);
@@ -563,56 +567,122 @@ class Math {
     }
   }
 
-  // Merges the splits of a unit in their order. A warp takes a row; its lanes hold the weights of 32 splits.
-  __device__ void merge(const Item& item, int request, int head, int first_row, int rows) const {
+  __device__ static unsigned add_acquire_release(unsigned* counter) {
+    unsigned before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+  }
+
+  // Merges the splits of a unit in their order. A warp takes a row, or with few rows one of `parts` equal stretches of
+  // the row's splits, whose sums are then added; its lanes hold the weights of 32 splits.
+  __device__ void merge(const Item& item, int request, int head, int first_row, int rows) {
     constexpr int kVectors = (kDim + 127) / 128;  // of 4 features, a lane
+    constexpr int kStep = (kColumns == 1 ? 16 : 8) / kVectors;
     const bool fixed = p_.shape.split_keys > 0;
+    const int parts = rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 2 : 1, part = warp_ % parts;
+    const int length = (item.num_splits + parts - 1) / parts;
+    const int from = min(part * length, item.num_splits), to = min(from + length, item.num_splits);
+    int row = warp_ / parts;
 #pragma unroll 1
-    for (int row = warp_; row < rows; row += kMathWarps) {
-      const auto state = [&](int split) {
-        return split < item.num_splits
-                   ? __ldcg(p_.partial_state + slot_of(fixed, item.slot, split) * p_.partial_rows + row)
-                   : make_float2(-INFINITY, 0.0f);
+    do {
+      const int own_row = min(row, rows - 1);
+      const auto slot = [&](int split) { return slot_of(fixed, item.slot, split) * p_.partial_rows + own_row; };
+      const auto state = [&](int split, int end) {
+        return split < end ? __ldcg(p_.partial_state + slot(split)) : make_float2(-INFINITY, 0.0f);
       };
+      // Steps beyond the last split repeat it with no weight, so that all loads of a step are in flight together.
+      float4 y[kStep][kVectors];
+      const auto load = [&](int first) {
+#pragma unroll
+        for (int u = 0; u < kStep; ++u) {
+          const float* at = p_.partial_out + slot(min(first + u, item.num_splits - 1)) * kDim;
+#pragma unroll
+          for (int i = 0; i < kVectors; ++i) {
+            const int column = 4 * (lane_ + 32 * i);
+            y[u][i] = __ldcg(reinterpret_cast<const float4*>(at + (column < kDim ? column : 0)));
+          }
+        }
+      };
+      load(from);
       float largest = -INFINITY;
-      for (int split = lane_; split < item.num_splits; split += 32) largest = fmaxf(largest, state(split).x);
+      for (int split = lane_; split < item.num_splits; split += 32) {
+        largest = fmaxf(largest, state(split, item.num_splits).x);
+      }
 #pragma unroll
       for (int lanes = 1; lanes < 32; lanes *= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, lanes));
       }
-      const float reference = largest == -INFINITY ? 0.0f : largest;
-      float sum = 0.0f, x[kVectors][4] = {};
-      for (int first = 0; first < item.num_splits; first += 32) {
-        const float2 own = state(first + lane_);
-        const float weight = exp2_approx(own.x - reference);
-        sum += weight * own.y;
-        const int count = min(32, item.num_splits - first);
-#pragma unroll 4
-        for (int s = 0; s < count; ++s) {
-          const float w = __shfl_sync(kFullWarp, weight, s);
-          const float* from = p_.partial_out + (slot_of(fixed, item.slot, first + s) * p_.partial_rows + row) * kDim;
+      float sum = 0.0f, weight = 0.0f, x[kVectors][4] = {};
+#pragma unroll 1
+      for (int first = from; first < to; first += kStep) {
+        if (first != from) load(first);
+        if ((first - from) % 32 == 0) {
+          const float2 own = state(first + lane_, to);
+          weight = weight_of(own.x, largest);
+          sum += weight * own.y;
+        }
+#pragma unroll
+        for (int u = 0; u < kStep; ++u) {
+          const float w = __shfl_sync(kFullWarp, weight, (first - from) % 32 + u);
+          if (first + u >= to) continue;
 #pragma unroll
           for (int i = 0; i < kVectors; ++i) {
-            const int column = 4 * (lane_ + 32 * i);
-            if (column >= kDim) continue;
-            const float4 y = __ldcg(reinterpret_cast<const float4*>(from + column));
-            x[i][0] += w * y.x;
-            x[i][1] += w * y.y;
-            x[i][2] += w * y.z;
-            x[i][3] += w * y.w;
+            x[i][0] += w * y[u][i].x;
+            x[i][1] += w * y[u][i].y;
+            x[i][2] += w * y[u][i].z;
+            x[i][3] += w * y[u][i].w;
           }
         }
       }
 #pragma unroll
       for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
-      const int full_row = first_row + row;
-      const Final final = finalize(largest, sum, head * p_.group + full_row % p_.group);
+
+      if (parts > 1) {
+        // The first lines of the exchange are long enough for a row: there are fewer than 8 * kColumns * kMathWarps.
+        auto* exchange = &shared_.exchange[0][0];
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const int column = 4 * (lane_ + 32 * i);
-        if (column < kDim) write(request, head, full_row, column, x[i], final);
+        for (int i = 0; i < kVectors; ++i) {
+          const int column = 4 * (lane_ + 32 * i);
+          if (column < kDim) {
+            *reinterpret_cast<float4*>(exchange + warp_ * kDim + column) =
+                make_float4(x[i][0], x[i][1], x[i][2], x[i][3]);
+          }
+        }
+        if (lane_ == 0) shared_.sum[warp_] = sum;
+        named_barrier(kMathBarrier, kMathThreads);
+        if (part == 0) {
+          for (int other = warp_ + 1; other < warp_ + parts; ++other) {
+            sum += shared_.sum[other];
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i) {
+              const int column = 4 * (lane_ + 32 * i);
+              if (column >= kDim) continue;
+              const float4 z = *reinterpret_cast<const float4*>(exchange + other * kDim + column);
+              x[i][0] += z.x;
+              x[i][1] += z.y;
+              x[i][2] += z.z;
+              x[i][3] += z.w;
+            }
+          }
+        }
       }
-    }
+      if (part == 0 && row < rows) {
+        const int full_row = first_row + row;
+        const Final final = finalize(largest, sum, head * p_.group + full_row % p_.group);
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+          const int column = 4 * (lane_ + 32 * i);
+          if (column < kDim) write(request, head, full_row, column, x[i], final);
+        }
+      }
+      row += kMathWarps;
+    } while (parts == 1 && row < rows);
+  }
+
+  // Of sums that are relative to 2^max, when they become relative to 2^largest. Above 0 if something was summed: what
+  // is infinite stays so.
+  __device__ static float weight_of(float max, float largest) {
+    return max == -INFINITY ? 0.0f : fmaxf(exp2_approx(max - largest), kTiny);
   }
 
   const Params& p_;

@@ -7,7 +7,7 @@ namespace heddle::cuda::decode {
 
 // Roles: four warps load, eight compute. 384 threads leave 168 registers to each; those that load hand some over.
 inline constexpr int kLoadWarps = 4, kMathWarps = 8;
-inline constexpr int kLoadRegisters = 72, kMathRegisters = 216;
+inline constexpr int kLoadRegisters = 80, kMathRegisters = 208;
 static_assert(32 * (kLoadWarps * kLoadRegisters + kMathWarps * kMathRegisters) <= 65536);
 inline constexpr int kThreads = 32 * (kLoadWarps + kMathWarps);
 inline constexpr int kMathThreads = 32 * kMathWarps;

@@ -124,6 +124,14 @@ void set_data(const DecodeArgs& a, Params& p) {
   p.v_slot_stride = in_units("values", a.v_stride.slot, 1);
   p.page_size = static_cast<std::uint32_t>(a.page_size);
   p.num_pages = static_cast<std::uint32_t>(a.num_pages);
+  // Consecutive rows of a page that make up whole stretches of 256 bytes.
+  const std::int64_t row = a.head_dim * static_cast<std::int64_t>(size_of(a.cache_dtype));
+  const auto stretches = [&](const void* data, const DecodeArgs::PageStrides& s) {
+    return s.slot == row && a.tokens == nullptr &&
+           (reinterpret_cast<std::uintptr_t>(data) | static_cast<std::uintptr_t>(s.page | s.head)) % 256 == 0 &&
+           (a.page_size * row) % 256 == 0;
+  };
+  p.fetch_ahead = stretches(a.k, a.k_stride) && stretches(a.v, a.v_stride);
   p.seq_lens = a.seq_lens;
   p.block_table = a.block_table;
   p.table_stride = a.table_stride;

@@ -7,15 +7,6 @@
 
 namespace heddle::cuda::decode {
 
-// The keys of an entry, as the plan counted them.
-__device__ __forceinline__ int keys_of(const Params& p, std::int64_t entry, int kv_len) {
-  return p.tokens != nullptr ? __ldcg(p.counts + entry) : p.mask.visible(kv_len).count;
-}
-
-__device__ __forceinline__ int kv_len_of(const Params& p, std::int64_t request) {
-  return min(max(__ldg(p.seq_lens + request), 0), p.max_kv_len);
-}
-
 // Which chunks this CTA works on: those of its own queue, then what others left in theirs. One loading warp asks.
 class Queues {
  public:
@@ -176,9 +167,10 @@ class Loader {
     }
     if (entry == entry_) return;
     entry_ = entry;
-    kv_len_ = kv_len_of(p_, request_);
-    keys_ = keys_of(p_, entry, kv_len_);
+    const bool known = unit == chunk_.begin.unit;  // the plan left them with the chunk
+    kv_len_ = known ? chunk_.kv_len : kv_len_of(p_, request_);
     visible_ = p_.mask.visible(kv_len_);
+    keys_ = known ? chunk_.keys : p_.tokens != nullptr ? __ldcg(p_.counts + entry) : visible_.count;
     // The keys that every query sees, among the visible ones; those of a list are tested one by one.
     const int left = min(p_.mask.left, p_.mask.select_left), right = min(p_.mask.right, p_.mask.select_right);
     const int shift = visible_.globals - visible_.first;
@@ -214,8 +206,13 @@ class Loader {
     }
     shared_.empty[stage_].wait(phase_ ^ 1);
     if (warp_ * kSliceKeys < tile.keys) {  // slices beyond the end are not computed
-      copy_rows(stage.k, p_.k, k_at);
-      copy_rows(stage.v, p_.v, v_at);
+      if (p_.fetch_ahead) {
+        copy_rows<true>(stage.k, p_.k, k_at);
+        copy_rows<true>(stage.v, p_.v, v_at);
+      } else {
+        copy_rows<false>(stage.k, p_.k, k_at);
+        copy_rows<false>(stage.v, p_.v, v_at);
+      }
       if (lane_ < kSliceKeys) {
         const int at = warp_ * kSliceKeys + lane_;
         stage.keys[at] = inside ? row.key : kNoKey;
@@ -236,6 +233,7 @@ class Loader {
   }
 
   // The rows of this warp's slice, whose offsets lie in lanes 0 to 15.
+  template <bool kAhead>
   __device__ void copy_rows(char* to, const char* from, std::uint32_t at) {
     constexpr int kUnits = Config::kRowBytes / 16;  // 16-byte pieces of a row
     const std::uint32_t base = shared_address(to) + warp_ * kSliceKeys * Config::kPitch;
@@ -245,7 +243,7 @@ class Loader {
       const std::uint32_t offset = __shfl_sync(kFullWarp, at, row);
       const bool inside = offset != kNowhere;
       const char* source = from + (inside ? std::uint64_t{offset} * 16 + column * 16 : 0);
-      copy16_async(base + row * Config::kPitch + column * 16, source, inside ? 16 : 0, policy_);
+      copy16_async<kAhead>(base + row * Config::kPitch + column * 16, source, inside ? 16 : 0, policy_);
     }
   }
 

@@ -23,6 +23,7 @@ struct Params {
   const char *k = nullptr, *v = nullptr;
   std::uint32_t k_page_stride = 0, k_head_stride = 0, k_slot_stride = 0;
   std::uint32_t v_page_stride = 0, v_head_stride = 0, v_slot_stride = 0;
+  bool fetch_ahead = false;  // 256 aligned bytes hold rows of one page and head
   std::uint32_t page_size = 1, num_pages = 0;
   const std::int32_t *seq_lens = nullptr, *block_table = nullptr;
   std::int64_t table_stride = 0;
@@ -66,5 +67,12 @@ struct Params {
   HEDDLE_HD int units() const { return static_cast<int>(shape.entries) * shape.units_per_entry; }
   HEDDLE_HD int rows() const { return num_queries * group; }
 };
+
+#ifdef __CUDACC__
+// A length that is out of range counts as the nearest that is not.
+__device__ __forceinline__ int kv_len_of(const Params& p, std::int64_t request) {
+  return min(max(__ldg(p.seq_lens + request), 0), p.max_kv_len);
+}
+#endif
 
 }  // namespace heddle::cuda::decode

@@ -40,9 +40,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const __grid_cons
   wait_for_predecessors();
 
   const std::int64_t entries = p.shape.entries;
-  const auto visible = [&](std::int64_t entry) {
-    return p.mask.visible(min(max(__ldg(p.seq_lens + entry), 0), p.max_kv_len)).count;
-  };
+  const auto visible = [&](std::int64_t entry) { return p.mask.visible(kv_len_of(p, entry)).count; };
   const auto keys_of = [&](std::int64_t entry) { return p.tokens != nullptr ? p.counts[entry] : visible(entry); };
   std::int64_t* starts = entries <= kPlanEntries ? near_starts : p.starts;
 
@@ -88,7 +86,12 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const __grid_cons
   __syncthreads();
   const int per_cta = chunks_per_share(p.shape, total);
   for (int c = thread; c < chunks; c += kPlanThreads) {
-    const Chunk chunk = chunk_at(p.shape, places, c, per_cta);
+    Chunk chunk = chunk_at(p.shape, places, c, per_cta);
+    const std::int64_t entry = chunk.begin.unit / static_cast<unsigned>(p.shape.units_per_entry);
+    if (entry < entries) {
+      chunk.kv_len = kv_len_of(p, p.tokens != nullptr ? entry / p.num_kv_heads : entry);
+      chunk.keys = keys_of(entry);
+    }
     p.chunks[c] = chunk;
     if (c % per_cta == 0 && c / per_cta < p.shape.ctas) p.own[c / per_cta] = chunk;
   }

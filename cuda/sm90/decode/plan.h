@@ -21,10 +21,11 @@ inline constexpr int kGranuleKeys = 16;
 inline constexpr int kMinPieceGranules = 4;  // a cut closer than this to an end of a unit moves there
 inline constexpr int kUnbounded = 1 << 30;
 
-// Chunks of one CTA's queue: the first, three quarters of its share, is the CTA's own; the rest may be stolen.
-inline constexpr int kQueueChunks = 4;
-// Shares shorter than this are one chunk: a steal would cost more than it evens out.
-inline constexpr int kMinStealGranules = 64;
+// Chunks of one CTA's queue: the first, three quarters of its share, is the CTA's own; each of the rest, which may be
+// stolen, is half as long as the one before (the last two are equal). So the last ones to start are short. None is
+// shorter than kMinChunkGranules; short shares are one chunk, since a steal would cost more than it evens out.
+inline constexpr int kQueueChunks = 8;
+inline constexpr int kMinChunkGranules = 8, kMinStealGranules = 192;
 
 // Which keys of a request some of its queries see: `globals` keys from global_first, then those from `first` to the
 // end.
@@ -87,20 +88,25 @@ struct Place {
 // `begin` or `end` lies at the start of a unit).
 struct Chunk {
   Place begin, end;
-  std::int32_t first_chunk = 0, last_chunk = 0;
-  std::int32_t index = 0;    // of this chunk
-  std::int32_t per_cta = 1;  // chunks of each CTA's queue: CTA c has those from c * per_cta on
+  std::uint16_t first_chunk = 0, last_chunk = 0;
+  std::uint16_t index = 0;            // of this chunk
+  std::uint16_t per_cta = 1;          // chunks of each CTA's queue: CTA c has those from c * per_cta on
+  std::int32_t kv_len = 0, keys = 0;  // of the entry at `begin`
 };
+static_assert(sizeof(Chunk) == 32);
 
 // CTAs that get a share of a line of `total` granules; a share is at least a piece.
 HEDDLE_HD std::int64_t sharing_ctas(const PlanShape& shape, std::int64_t total) {
   const std::int64_t shares = total / (shape.split_keys > 0 ? 1 : kMinPieceGranules);
   return shares < 1 ? 1 : shares < shape.ctas ? shares : shape.ctas;
 }
-// Chunks that each CTA's share is cut into: those of a short share are one.
+// Chunks that each CTA's share is cut into.
 HEDDLE_HD int chunks_per_share(const PlanShape& shape, std::int64_t total) {
-  const int enough = shape.split_keys > 0 ? kQueueChunks : kMinStealGranules;
-  return total / sharing_ctas(shape, total) < enough ? 1 : kQueueChunks;
+  const std::int64_t share = total / sharing_ctas(shape, total);
+  if (share < (shape.split_keys > 0 ? 8 : kMinStealGranules)) return 1;
+  int chunks = 2;
+  while (chunks < kQueueChunks && share >> (chunks + 1) >= (shape.split_keys > 0 ? 1 : kMinChunkGranules)) ++chunks;
+  return chunks;
 }
 
 // Where chunk c of shape.chunks() begins on the line. Chunks beyond the line are empty.
@@ -108,8 +114,8 @@ HEDDLE_HD std::int64_t chunk_start(const PlanShape& shape, std::int64_t total, i
   const std::int64_t ctas = sharing_ctas(shape, total);
   const int per_cta = chunks_per_share(shape, total), cta = chunk / per_cta, at = chunk % per_cta;
   if (cta >= ctas) return total;
-  const int sixteenths = at == 0 ? 0 : at == 1 ? 12 : at == 2 ? 14 : 15;
-  return total * (16 * std::int64_t{cta} + sixteenths) / (16 * ctas);
+  const std::int64_t before = at == 0 ? 0 : (256 - (128 >> at));  // of the share, in 256ths
+  return total * (256 * cta + before) / (256 * ctas);
 }
 
 // The place at x on the line. starts[e]: where entry e starts, starts[entries] the total; keys_of(e): its keys.
@@ -146,10 +152,13 @@ HEDDLE_HD Chunk chunk_at(const PlanShape& shape, const Place* places, int chunk,
   Chunk c;
   c.begin = places[chunk];
   c.end = places[chunk + 1];
-  c.index = c.first_chunk = c.last_chunk = chunk;
-  c.per_cta = per_cta;
-  if (c.begin.key > 0) c.first_chunk = last_not_after(places, shape.chunks(), Place{c.begin.unit, 0}.order());
-  if (c.end.key > 0) c.last_chunk = last_not_after(places, shape.chunks(), Place{c.end.unit + 1, 0}.order() - 1);
+  const auto holds = [&](std::uint64_t order) {
+    return static_cast<std::uint16_t>(last_not_after(places, shape.chunks(), order));
+  };
+  c.index = static_cast<std::uint16_t>(chunk);
+  c.per_cta = static_cast<std::uint16_t>(per_cta);
+  c.first_chunk = c.begin.key > 0 ? holds(Place{c.begin.unit, 0}.order()) : c.index;
+  c.last_chunk = c.end.key > 0 ? holds(Place{c.end.unit + 1, 0}.order() - 1) : c.index;
   return c;
 }
 
