@@ -30,6 +30,7 @@ struct Pattern {
   std::int32_t width = 0, stride = 1;                                                // kStrided
   const bool* mask = nullptr;                                                        // kBlockMask
   std::int32_t block_q = 1, block_k = 1, heads_per_mask = 1;  // heads_per_mask: query heads that share a mask's head
+  std::int32_t mask_rows = 0, mask_cols = 0;                  // blocks beyond them are not seen
   std::int64_t mask_batch_stride = 0, mask_head_stride = 0, mask_row_stride = 0, mask_col_stride = 0;
 };
 
@@ -137,5 +138,67 @@ struct AttentionArgs {
 // Enqueues it. Throws kUnsupported for what the kernels lack, kLayout for rows that bulk copies cannot reach, kRuntime
 // if the launch fails.
 void launch_attention(const AttentionArgs& args);
+
+// Attention of `num_queries` new tokens a request over a paged cache. Rows of q and out have head_dim contiguous
+// elements; strides count elements, those of the cache bytes.
+struct DecodeArgs {
+  const void* q = nullptr;
+  void* out = nullptr;
+  float* lse = nullptr;            // null: not wanted
+  DType dtype = DType::kBFloat16;  // of q and out: bfloat16 or float16
+  struct Strides {
+    std::int64_t batch = 0, seq = 0, head = 0;
+  };
+  Strides q_stride, out_stride, lse_stride;
+  std::int64_t batch = 0, num_queries = 1, num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
+
+  // The cache: 16-bit pages are of q's dtype, 8-bit ones int8 or float8_e4m3.
+  const void *k = nullptr, *v = nullptr;
+  DType cache_dtype = DType::kBFloat16;
+  struct PageStrides {
+    std::int64_t page = 0, head = 0, slot = 0;
+  };
+  PageStrides k_stride, v_stride;
+  std::int64_t num_pages = 0, page_size = 0, max_kv_len = 0, table_stride = 0;
+  const std::int32_t *seq_lens = nullptr, *block_table = nullptr;
+
+  // 8-bit caches. partition 0: one scale of K; else one for so many tokens of a page and head.
+  const float *k_scale = nullptr, *v_scale = nullptr;
+  std::int64_t partition = 0, k_scale_page_stride = 0, k_scale_head_stride = 0, k_scale_group_stride = 0;
+  // int8: the static scale of q, on the device or (> 0) here; neither: max|q| / 127 of each row.
+  const float* q_scale = nullptr;
+  float q_static_scale = 0.0f;
+
+  // Keys p - left to p + right around a query's position p are seen, and of these the first num_globals and those from
+  // p - select_left to p + select_right. kUnbounded: no limit.
+  static constexpr std::int64_t kUnbounded = std::int64_t{1} << 40;
+  bool causal = true;
+  std::int64_t left = kUnbounded, right = kUnbounded;
+  std::int64_t select_left = kUnbounded, select_right = kUnbounded, num_globals = 0;
+  double softcap = 0.0, scale = 1.0;
+  const float* sinks = nullptr;  // [num_q_heads]
+
+  // Token lists, or null: int32 [batch, num_kv_heads, num_tokens], ascending, -1 pads at the end; lengths optional.
+  const std::int32_t *tokens = nullptr, *token_lengths = nullptr;
+  std::int64_t num_tokens = 0, tokens_batch_stride = 0, tokens_head_stride = 0;
+  std::int64_t lengths_batch_stride = 0, lengths_head_stride = 0;
+
+  Schedule schedule;
+  void* workspace = nullptr;  // of decode_workspace_bytes() bytes, 256-byte aligned; one launch at a time uses it
+  int device = 0;
+  void* stream = nullptr;
+};
+
+// Depends on the shapes alone: not on lengths, nor on what pointers point to.
+std::int64_t decode_workspace_bytes(const DecodeArgs& args);
+
+// Enqueues the plan: who reads which keys, from the lengths as they are when it runs. It serves every launch_decode()
+// with the same workspace and shapes until the lengths change (layers of a model share one).
+void launch_decode_plan(const DecodeArgs& args);
+
+// Enqueues decode, by a plan in args.workspace. A row's bits depend on the lengths of the batch and the shapes; with
+// schedule.split_size, on its own request alone.
+// Both throw kUnsupported for shapes and types that have no kernel, and kRuntime if the launch fails.
+void launch_decode(const DecodeArgs& args);
 
 }  // namespace heddle::cuda

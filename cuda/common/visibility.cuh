@@ -42,7 +42,8 @@ struct Visibility {
     return {position - pattern.select_left, position + pattern.select_right + 1};
   }
   __device__ __forceinline__ bool block(std::int32_t i, std::int32_t j) const {
-    return mask[i * pattern.mask_row_stride + j * pattern.mask_col_stride];
+    return i < pattern.mask_rows && j < pattern.mask_cols &&
+           mask[i * pattern.mask_row_stride + j * pattern.mask_col_stride];
   }
 
   // The selection alone: of keys that `allowed` leaves, is this one seen?

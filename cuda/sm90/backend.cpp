@@ -1,8 +1,22 @@
 // What the dispatch table calls for Backend::kSm90.
+#include <algorithm>
+#include <optional>
+#include <string>
+
 #include "core/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/sm90/workspace.h"
+#include "heddle/error.h"
 
 namespace heddle::sm90 {
+namespace {
+
+// Windows reach from 0 to any number of keys.
+std::int64_t reach(std::optional<std::int64_t> keys) {
+  return keys ? std::min(*keys, cuda::DecodeArgs::kUnbounded) : cuda::DecodeArgs::kUnbounded;
+}
+
+}  // namespace
 
 bool available() {
   for (int device = 0; device < cuda::device_count(); ++device) {
@@ -32,6 +46,92 @@ void merge(const MergeProblem& problem) {
       .lse_stride = {.batch = lse.strides[0], .seq = lse.strides[2], .head = lse.strides[1]},
       .device = outs.device.index,
       .stream = stream.handle,
+  });
+}
+
+namespace {
+
+cuda::DecodeArgs decode_args(const Problem& p) {
+  if (p.q.dim != p.v.dim) {
+    throw Error(ErrorCode::kUnsupported, "cache",
+                "head_dim " + std::to_string(p.q.dim) + " and head_dim_v " + std::to_string(p.v.dim) +
+                    "; the sm90 decode kernel takes equal ones");
+  }
+  const std::int64_t q_bytes = static_cast<std::int64_t>(size_of(p.q.dtype));
+  const auto strides = [&](const Rows& rows) {
+    return cuda::DecodeArgs::Strides{rows.page_stride / q_bytes, rows.slot_stride / q_bytes,
+                                     rows.head_stride / q_bytes};
+  };
+  cuda::DecodeArgs args{
+      .q = p.q.data,
+      .out = p.out.data,
+      .lse = static_cast<float*>(p.lse),
+      .dtype = p.q.dtype,
+      .q_stride = strides(p.q),
+      .out_stride = strides(p.out),
+      .lse_stride = {p.lse_page_stride, p.lse_slot_stride, p.lse_head_stride},
+      .batch = p.on_device.size,
+      .num_queries = p.on_device.max_q_len,
+      .num_q_heads = p.num_q_heads,
+      .num_kv_heads = p.num_kv_heads,
+      .head_dim = p.q.dim,
+      .k = p.k.data,
+      .v = p.v.data,
+      .cache_dtype = p.k.dtype,
+      .k_stride = {p.k.page_stride, p.k.head_stride, p.k.slot_stride},
+      .v_stride = {p.v.page_stride, p.v.head_stride, p.v.slot_stride},
+      .num_pages = p.on_device.num_pages,
+      .page_size = p.page_size,
+      .max_kv_len = p.on_device.max_kv_len,
+      .table_stride = p.on_device.table_stride,
+      .seq_lens = p.on_device.seq_lens,
+      .block_table = p.on_device.block_table,
+      .k_scale = p.k.scale,
+      .v_scale = p.v.scale,
+      .partition = p.k.partition,
+      .k_scale_page_stride = p.k.scale_page_stride,
+      .k_scale_head_stride = p.k.scale_head_stride,
+      .k_scale_group_stride = p.k.scale_group_stride,
+      .q_scale = p.q_static_scale_on_device,
+      .q_static_scale = p.q_static_scale,
+      .causal = p.causal,
+      .left = reach(p.window.left),
+      .right = reach(p.window.right),
+      .softcap = p.softcap,
+      .scale = p.scale,
+      .sinks = p.sinks,
+      .schedule = p.schedule,
+      .device = p.device.index,
+      .stream = p.stream.handle,
+  };
+  if (const auto* window = std::get_if<select::WindowGlobal>(&p.selection->kind())) {
+    args.select_left = reach(window->window.left);
+    args.select_right = reach(window->window.right);
+    args.num_globals = window->n_global;
+  }
+  if (const auto* tokens = std::get_if<select::Tokens>(&p.selection->kind())) {
+    const TensorView &indices = tokens->indices, &lengths = tokens->lengths;
+    args.tokens = indices.as<const std::int32_t>();
+    args.num_tokens = indices.shape[2];
+    args.tokens_batch_stride = indices.strides[0];
+    args.tokens_head_stride = indices.strides[1];
+    if (lengths.given()) {
+      args.token_lengths = lengths.as<const std::int32_t>();
+      args.lengths_batch_stride = lengths.strides[0];
+      args.lengths_head_stride = lengths.strides[1];
+    }
+  }
+  return args;
+}
+
+}  // namespace
+
+void decode(const Problem& problem) {
+  cuda::DecodeArgs args = decode_args(problem);
+  cuda::with_workspace(args.device, args.stream, cuda::decode_workspace_bytes(args), [&](void* workspace) {
+    args.workspace = workspace;
+    cuda::launch_decode_plan(args);
+    cuda::launch_decode(args);
   });
 }
 

@@ -27,6 +27,7 @@ void merge(const MergeProblem& problem);
 // Defined in builds with CUDA (HEDDLE_WITH_CUDA).
 namespace sm90 {
 bool available();  // a visible GPU of this architecture
+void decode(const Problem& problem);
 void merge(const MergeProblem& problem);
 }  // namespace sm90
 

@@ -1,0 +1,700 @@
+// The computing warps of the decode kernel: scores, softmax and values of the tiles in the ring, and at the end of an
+// item the sum over warps; where a unit has several splits, the CTA that finishes the last of them merges them.
+//
+// Fragments are named as in common/mma.cuh: g = lane / 4, t = lane % 4. A lane holds scores of keys g and g + 8 of a
+// slice for the rows 2t and 2t + 1 of each step of 8 rows, and outputs of the same rows for two features of each block
+// of 16.
+#pragma once
+
+#include "cuda/common/online_softmax.cuh"
+#include "cuda/common/vec.cuh"
+#include "cuda/sm90/decode/shared.cuh"
+
+namespace heddle::cuda::decode {
+
+// Of two 16-bit words, those that are wanted; the others become 0.
+__device__ __forceinline__ std::uint32_t keep(std::uint32_t x, bool low, bool high) {
+  return x & ((low ? 0x0000ffffu : 0u) | (high ? 0xffff0000u : 0u));
+}
+
+template <class Config>
+class Math {
+ public:
+  using Format = typename Config::Format;
+  using Shared = typename Config::Shared;
+  using Stage = typename Config::Stage;
+  using Query = typename Format::Query;
+  using Product = typename Format::Product;
+  static constexpr int kDim = Config::kDim, kColumns = Config::kColumns, kBlocks = Config::kBlocks;
+  // Weights are kept as 2^kShift times what they are relative to the maximum: fp16 reaches from 2^-24 to 2^16.
+  static constexpr float kShift = std::is_same_v<Product, __half> ? 15.0f : 0.0f, kTiny = 0x1p-126f,
+                         kLeast = kShift > 0.0f ? 0x1p-24f : kTiny;
+  static constexpr int kSteps = Format::kInt8 ? kDim / 32 : kDim / 16;  // of the product K Q^T
+
+  __device__ Math(const Params& p, Shared& shared, int warp)
+      : p_(p),
+        shared_(shared),
+        warp_(warp),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        slice_sets_(kMathWarps / p.row_groups),
+        slice_set_(warp % slice_sets_),
+        row_base_(warp / slice_sets_ * 8 * kColumns) {}
+
+  __device__ void run() {
+    for (int stage = 0, phase = 0, slot = 0, slot_phase = 0;;) {
+      shared_.work_full[slot].wait(slot_phase);
+      work_ = shared_.works[slot];
+      __syncwarp();
+      if (lane_ == 0) shared_.work_empty[slot].arrive();
+      if (++slot == kWorks) {
+        slot = 0;
+        slot_phase ^= 1;
+      }
+      const Item& item = work_.item;
+      if (item.unit == kNoUnit) return;
+      start();
+      const int all_see_to = min(work_.all_see_to, item.end);
+      int first = slice_set_;  // of the item's slices, numbered through, this warp takes every slice_sets_-th
+      int begin = item.begin;
+      do {
+        shared_.full[stage].wait(phase);
+        const Stage& tile = shared_.stages[stage];
+#pragma unroll 1
+        for (; first < kSlices; first += slice_sets_) {
+          const int at = begin + first * kSliceKeys;
+          if (at < item.end) compute(tile, first, at < work_.all_see_from || at + kSliceKeys > all_see_to);
+        }
+        first -= kSlices;
+        __syncwarp();
+        if (lane_ == 0) shared_.empty[stage].arrive();
+        if (++stage == Config::kStages) {
+          stage = 0;
+          phase ^= 1;
+        }
+        begin += kTileKeys;
+      } while (begin < item.end);
+      finish();
+    }
+  }
+
+ private:
+  __device__ int g() const { return lane_ / 4; }
+  __device__ int t() const { return lane_ % 4; }
+  // Row 2t + i of step n, in the row tile.
+  __device__ int row_of(int n, int i) const { return row_base_ + 8 * n + 2 * t() + i; }
+
+  // -- the start of an item: its queries ------------------------------------------------------------------------------
+
+  __device__ void start() {
+    stage_queries();
+    const int first_position = work_.kv_len - p_.num_queries;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        max_[n][i] = -INFINITY;
+        reference_[n][i] = sum_[n][i] = 0.0f;
+        position_[n][i] = first_position + (work_.row_tile * p_.rows_per_tile + row_of(n, i)) / p_.group;
+      }
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out_[b][n][i] = 0.0f;
+      }
+    }
+    named_barrier(kMathBarrier, kMathThreads);
+    // The fragments of Q^T, the right operand of K Q^T: row g of each step.
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int row = row_base_ + 8 * n;
+      const auto* words = reinterpret_cast<const std::uint32_t*>(shared_.query[row + g()]);
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) query_[n][s][i] = words[8 * s + 4 * i + t()];
+      }
+      if constexpr (Format::kScaled) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) factor_[n][i] = shared_.factor[row + 2 * t() + i];
+      }
+    }
+  }
+
+  // Two neighbouring elements, wherever they lie: of two aligned words if they straddle them.
+  __device__ static std::uint32_t load_pair(const char* from) {
+    const auto address = reinterpret_cast<std::uintptr_t>(from);
+    const auto* words = reinterpret_cast<const std::uint32_t*>(address & ~std::uintptr_t{3});
+    const bool straddles = (address & 2) != 0;
+    const std::uint32_t low = __ldg(words), high = straddles ? __ldg(words + 1) : 0u;
+    return __funnelshift_r(low, high, straddles ? 16 : 0);
+  }
+
+  __device__ static float2 to_floats(std::uint32_t pair) {
+    if constexpr (std::is_same_v<Query, __half>) {
+      return __half22float2(reinterpret_cast<const __half2&>(pair));
+    } else {
+      return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+    }
+  }
+
+  // Q as operands in shared memory. A warp takes a row at a time; a lane has elements 4 lane to 4 lane + 3 of each 128.
+  __device__ void stage_queries() {
+    constexpr int kLoads = (kDim + 127) / 128;
+    const int tile_rows = slice_sets_ == kMathWarps ? 8 * kColumns : p_.rows_per_tile;
+#pragma unroll 1
+    for (int tile_row = warp_; tile_row < tile_rows; tile_row += kMathWarps) {
+      const int row = work_.row_tile * p_.rows_per_tile + tile_row;
+      const bool inside = row < p_.rows();
+      const int query = inside ? row / p_.group : 0, head = work_.head * p_.group + (inside ? row % p_.group : 0);
+      const char* q = p_.q + work_.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
+      std::uint32_t pairs[kLoads][2];
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l) {
+        const int element = 4 * (lane_ + 32 * l);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) pairs[l][i] = inside && element < kDim ? load_pair(q + 2 * element + 4 * i) : 0u;
+      }
+      auto* words = reinterpret_cast<std::uint32_t*>(shared_.query[tile_row]);
+      if constexpr (!Format::kScaled) {
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) {
+          const int word = 2 * (lane_ + 32 * l);
+          if (2 * word < kDim) *reinterpret_cast<uint2*>(words + word) = make_uint2(pairs[l][0], pairs[l][1]);
+        }
+      } else {
+        float x[kLoads][4], largest = 0.0f;
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float2 two = to_floats(pairs[l][i]);
+            x[l][2 * i] = two.x;
+            x[l][2 * i + 1] = two.y;
+            largest = fmaxf(largest, fmaxf(fabsf(two.x), fabsf(two.y)));
+          }
+        }
+#pragma unroll
+        for (int lanes = 1; lanes < 32; lanes *= 2) {
+          largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, lanes));
+        }
+        float scale = 1.0f;  // of the row
+        if constexpr (Format::kInt8) {
+          scale = p_.q_scale != nullptr ? __ldg(p_.q_scale) : p_.q_static_scale;
+          if (!(scale > 0.0f)) scale = largest / 127.0f;
+        } else {
+          // A power of two, so that the row fits fp16 whatever its range: the largest element becomes 1 to 2.
+          const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
+          if (exponent > -127 && exponent < 127) scale = __uint_as_float(static_cast<unsigned>(exponent + 127) << 23);
+        }
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) {
+          const int piece = lane_ + 32 * l;
+          if (4 * piece >= kDim) continue;
+          if constexpr (Format::kInt8) {
+            words[piece] = quantize(x[l][0], scale) | quantize(x[l][1], scale) << 8 | quantize(x[l][2], scale) << 16 |
+                           quantize(x[l][3], scale) << 24;
+          } else {
+            // The odd elements of four, then, for the next product's columns, the even ones: see scores().
+            const float inverse = 1.0f / scale;
+            const int word = piece / 4 * 8 + piece % 4;
+            words[word] = pack<__half>(x[l][1] * inverse, x[l][3] * inverse);
+            words[word + 4] = pack<__half>(x[l][0] * inverse, x[l][2] * inverse);
+          }
+        }
+        if (lane_ == 0) {
+          const float k_scale = p_.partition == 0 ? __ldg(p_.k_scale) : 1.0f;
+          shared_.factor[tile_row] = scale * (Format::kFp8 ? 256.0f : 1.0f) * p_.score_factor * k_scale;
+        }
+      }
+    }
+  }
+
+  __device__ static std::uint32_t quantize(float x, float scale) {
+    const float steps = scale > 0.0f ? rintf(x / scale) : 0.0f;
+    return static_cast<std::uint32_t>(static_cast<int>(fminf(fmaxf(steps, -127.0f), 127.0f))) & 0xffu;
+  }
+
+  __device__ float factor(int n, int i) const {
+    if constexpr (Format::kScaled) return factor_[n][i];
+    return p_.score_factor;
+  }
+
+  // -- one slice of 16 keys -------------------------------------------------------------------------------------------
+
+  __device__ void compute(const Stage& tile, int slice, bool masked) {
+    float x[kColumns][4];
+    scores(tile, slice, x);
+    if (p_.cap > 0.0f) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          x[n][i] = p_.cap * (1.0f - __fdividef(2.0f, exp2_approx(2.0f * kLog2E * x[n][i]) + 1.0f));
+      }
+    }
+    if (masked) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = tile.keys[slice * kSliceKeys + g() + i / 2 * 8];
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          if (key == kNoKey || !p_.mask.sees(position_[n][i % 2], key)) x[n][i] = -INFINITY;
+        }
+      }
+    }
+
+    bool grew = false;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) grew |= x[n][i] > max_[n][i % 2];
+    }
+    if (__any_sync(kFullWarp, grew)) raise(x);
+
+    std::uint32_t p[kColumns][2];
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool seen = !(x[n][i] == -INFINITY);
+        x[n][i] = exp2_approx(x[n][i] - reference_[n][i % 2]);
+        sum_[n][i % 2] += x[n][i];
+        // What is seen has a weight above 0: 0 times an infinite value would be NaN.
+        if (Format::kBytes == 2 && seen && x[n][i] < kLeast) x[n][i] = kLeast;
+      }
+      // From rows of keys to columns of keys: the right operand of V^T P^T.
+      p[n][0] = transpose_matrix(pack<Product>(x[n][0], x[n][1]));
+      p[n][1] = transpose_matrix(pack<Product>(x[n][2], x[n][3]));
+    }
+    if (!values(tile, slice, p, masked)) values_by_query(tile, slice, p);
+  }
+
+  // Products in log2 units (or the argument of softcap's tanh).
+  __device__ void scores(const Stage& tile, int slice, float (&x)[kColumns][4]) const {
+    // Rows 0 to 15 of 16 bytes, then the 16 bytes beside them.
+    const std::uint32_t at =
+        shared_address(tile.k) + (slice * kSliceKeys + lane_ % 16) * Config::kPitch + lane_ / 16 * 16;
+    if constexpr (Format::kInt8) {
+      int c[kColumns][4] = {};
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        std::uint32_t a[4];
+        load_matrices(a, at + 32 * s);
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) mma_int8(c[n], a, query_[n][s][0], query_[n][s][1]);
+      }
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][i] = static_cast<float>(c[n][i]) * factor(n, i % 2);
+      }
+    } else {
+      // Two sums, so that fewer products wait for each other.
+      float c[2][kColumns][4] = {};
+#pragma unroll
+      for (int s = 0; s < kSteps; s += Format::kFp8 ? 2 : 1) {
+        std::uint32_t a[4];
+        load_matrices(a, at + (Format::kFp8 ? 16 : 32) * s);
+        if constexpr (Format::kFp8) {
+          const std::uint32_t a0[4] = {Format::template halves<true>(a[0]), Format::template halves<true>(a[1]),
+                                       Format::template halves<false>(a[0]), Format::template halves<false>(a[1])};
+          const std::uint32_t a1[4] = {Format::template halves<true>(a[2]), Format::template halves<true>(a[3]),
+                                       Format::template halves<false>(a[2]), Format::template halves<false>(a[3])};
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n) {
+            mma<Product>(c[0][n], a0, query_[n][s][0], query_[n][s][1]);
+            mma<Product>(c[1][n], a1, query_[n][s + 1][0], query_[n][s + 1][1]);
+          }
+        } else {
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n) mma<Product>(c[s % 2][n], a, query_[n][s][0], query_[n][s][1]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][i] = (c[0][n][i] + c[1][n][i]) * factor(n, i % 2);
+      }
+    }
+    if (Format::kScaled && p_.partition > 0) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float scale = tile.k_scale[slice * kSliceKeys + g() + i / 2 * 8];
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) x[n][i] *= scale;
+      }
+    }
+  }
+
+  // A score is larger than the maximum so far: raises it and scales down what was summed.
+  __device__ void raise(const float (&x)[kColumns][4]) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float largest = fmaxf(x[n][i], x[n][i + 2]);
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+          largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, lanes));
+        }
+        largest = fmaxf(largest, max_[n][i]);
+        const float finite = largest == -INFINITY ? 0.0f : largest;
+        reference_[n][i] = finite - kShift;
+        const float correction = weight_of(max_[n][i], finite);
+        max_[n][i] = largest;
+        sum_[n][i] *= correction;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          out_[b][n][i] *= correction;
+          out_[b][n][i + 2] *= correction;
+        }
+      }
+    }
+  }
+
+  // The fragments of V^T for two blocks of 16 features (one if elements have 16 bits). Of 8-bit elements, rows g and
+  // g + 8 of a block are the features 2g and 2g + 1.
+  static constexpr int kLoadBlocks = Format::kBytes == 1 ? 2 : 1;
+  __device__ void load_values(const Stage& tile, int slice, int load, std::uint32_t (&a)[kLoadBlocks][4]) const {
+    // Keys 0 to 7: 16 bytes and the 16 beside them; then keys 8 to 15.
+    const int key = slice * kSliceKeys + lane_ % 8 + lane_ / 16 * 8;
+    const std::uint32_t at = shared_address(tile.v) + key * Config::kPitch + lane_ / 8 % 2 * 16;
+    if constexpr (Format::kBytes == 2) {
+      load_matrices_transposed(a[0], at + 32 * load);
+    } else {
+      std::uint32_t x[4];
+      load_matrices_transposed(x, at + 32 * load);
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        a[b][0] = Format::template halves<false>(x[b]);
+        a[b][1] = Format::template halves<true>(x[b]);
+        a[b][2] = Format::template halves<false>(x[b + 2]);
+        a[b][3] = Format::template halves<true>(x[b + 2]);
+      }
+    }
+  }
+
+  // Adds P V. False, and nothing added, if some keys are masked and a value is not finite: 0 times it would be NaN.
+  __device__ bool values(const Stage& tile, int slice, const std::uint32_t (&p)[kColumns][2], bool masked) {
+    if constexpr (Format::kBytes == 2) {
+      if (masked) {
+        bool special = false;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          std::uint32_t a[1][4];
+          load_values(tile, slice, b, a);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) special |= any_not_finite<Product>(a[0][i]);
+        }
+        if (__any_sync(kFullWarp, special)) return false;
+      }
+    }
+#pragma unroll
+    for (int load = 0; load < kBlocks / kLoadBlocks; ++load) {
+      std::uint32_t a[kLoadBlocks][4];
+      load_values(tile, slice, load, a);
+#pragma unroll
+      for (int b = 0; b < kLoadBlocks; ++b) {
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) mma<Product>(out_[load * kLoadBlocks + b][n], a[b], p[n][0], p[n][1]);
+      }
+    }
+    return true;
+  }
+
+  // The same query by query, each with the values of the keys that it sees and zeros for the others.
+  __device__ void values_by_query(const Stage& tile, int slice, const std::uint32_t (&p)[kColumns][2]) {
+    if constexpr (Format::kBytes == 2) {
+      const int first = work_.kv_len - p_.num_queries;
+      const int* keys = tile.keys + slice * kSliceKeys + 2 * t();
+      int query_of[kColumns];  // of row g of a step
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        query_of[n] = (work_.row_tile * p_.rows_per_tile + row_base_ + 8 * n + g()) / p_.group;
+      }
+#pragma unroll 1
+      for (int query = 0; query < p_.num_queries; ++query) {
+        bool seen[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int key = keys[i % 2 + i / 2 * 8];
+          seen[i] = key != kNoKey && p_.mask.sees(first + query, key);
+        }
+        std::uint32_t own[kColumns][2];
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) own[n][i] = query_of[n] == query ? p[n][i] : 0u;
+        }
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          std::uint32_t a[1][4];
+          load_values(tile, slice, b, a);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[0][i] = keep(a[0][i], seen[i / 2 * 2], seen[i / 2 * 2 + 1]);
+          // Rows of other queries have weight 0, which a NaN that this query sees would still spoil: add only own rows.
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n) {
+            float c[4] = {};
+            mma<Product>(c, a[0], own[n][0], own[n][1]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if (position_[n][i % 2] == first + query) out_[b][n][i] += c[i];
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // -- the end of an item ---------------------------------------------------------------------------------------------
+
+  // What turns a sum of weighted values into the output, and the logarithm of the weights' sum.
+  struct Final {
+    float factor, lse;
+  };
+  __device__ Final finalize(float max, float sum, int head) const {
+    const float sink = p_.sinks != nullptr ? __ldg(p_.sinks + head) * kLog2E : -INFINITY;
+    const float largest = fmaxf(max, sink), reference = largest == -INFINITY ? 0.0f : largest;
+    const float correction = weight_of(max, reference), all = sum * correction + exp2_approx(sink - reference);
+    float factor = all == 0.0f ? 0.0f : __fdividef(correction, all);
+    if constexpr (Format::kScaled) factor *= __ldg(p_.v_scale) * Format::kValueFactor;
+    return {factor, all == 0.0f ? -INFINITY : (reference + __log2f(all)) * kLn2};
+  }
+
+  __device__ void write(int request, int head, int row, int column, const float (&x)[4], const Final& final) const {
+    const int query = row / p_.group, q_head = head * p_.group + row % p_.group;
+    char* out = p_.out + request * p_.out_stride.batch + query * p_.out_stride.seq + q_head * p_.out_stride.head;
+    auto* to = reinterpret_cast<Query*>(out) + column;
+    Vec<Query, 4> y;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y.elements[i] = from_float<Query>(x[i] * final.factor);
+    if (p_.wide_out) {
+      y.store(to);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i] = y.elements[i];
+    }
+    if (column == 0 && p_.lse != nullptr) {
+      p_.lse[request * p_.lse_stride.batch + query * p_.lse_stride.seq + q_head * p_.lse_stride.head] = final.lse;
+    }
+  }
+
+  __device__ void finish() {
+    const Item& item = work_.item;
+    const int request = work_.request, head = work_.head, row_tile = work_.row_tile;
+    constexpr int kPieces = 4 * Config::kRoundBlocks;  // 4 features each, of a row in a round
+    const int thread = warp_ * 32 + lane_, slots = warp_ * 8 * kColumns;
+    const int first_row = row_tile * p_.rows_per_tile, rows = min(p_.rows_per_tile, p_.rows() - first_row);
+    const std::int64_t own_slot = slot_of(p_.shape.split_keys > 0, item.slot, item.split);
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float sum = sum_[n][i];
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
+        if (g() == 0) {
+          shared_.max[slots + 8 * n + 2 * t() + i] = max_[n][i] - kShift;
+          shared_.sum[slots + 8 * n + 2 * t() + i] = sum;
+        }
+      }
+    }
+#pragma unroll
+    for (int round = 0; round < kBlocks / Config::kRoundBlocks; ++round) {
+#pragma unroll
+      for (int b = 0; b < Config::kRoundBlocks; ++b) {
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          const float (&c)[4] = out_[round * Config::kRoundBlocks + b][n];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float* to = shared_.exchange[slots + 8 * n + 2 * t() + i] + 16 * b;
+            if constexpr (Format::kBytes == 2) {
+              to[g()] = c[i];
+              to[g() + 8] = c[i + 2];
+            } else {
+              *reinterpret_cast<float2*>(to + 2 * g()) = make_float2(c[i], c[i + 2]);
+            }
+          }
+        }
+      }
+      named_barrier(kMathBarrier, kMathThreads);
+#pragma unroll 1
+      for (int piece = thread; piece < rows * kPieces; piece += kMathThreads) {
+        const int row = piece / kPieces, column = piece % kPieces * 4;
+        // The same row of the warps that share it, which lie `slice_sets_` after each other.
+        const int group = row / (8 * kColumns) * slice_sets_;
+        const int first = group * 8 * kColumns + row % (8 * kColumns);
+        float largest = -INFINITY, sum = 0.0f, x[4] = {};
+#pragma unroll 2
+        for (int s = 0; s < slice_sets_; ++s) largest = fmaxf(largest, shared_.max[first + s * 8 * kColumns]);
+#pragma unroll 2
+        for (int s = 0; s < slice_sets_; ++s) {
+          const int at = first + s * 8 * kColumns;
+          const float weight = weight_of(shared_.max[at], largest);
+          const float4 y = *reinterpret_cast<const float4*>(shared_.exchange[at] + column);
+          sum += weight * shared_.sum[at];
+          x[0] += weight * y.x;
+          x[1] += weight * y.y;
+          x[2] += weight * y.z;
+          x[3] += weight * y.w;
+        }
+        const int feature = 16 * Config::kRoundBlocks * round + column;
+        if (item.num_splits == 1) {
+          const int full_row = first_row + row;
+          write(request, head, full_row, feature, x, finalize(largest, sum, head * p_.group + full_row % p_.group));
+        } else {
+          const std::int64_t at = own_slot * p_.partial_rows + row;
+          __stcg(reinterpret_cast<float4*>(p_.partial_out + at * kDim + feature), make_float4(x[0], x[1], x[2], x[3]));
+          if (feature == 0) __stcg(p_.partial_state + at, make_float2(largest, sum));
+        }
+      }
+      // Before the next round, or the next item, writes there.
+      if (round + 1 < kBlocks / Config::kRoundBlocks || item.num_splits == 1) named_barrier(kMathBarrier, kMathThreads);
+    }
+    if (item.num_splits > 1) {
+      named_barrier(kMathBarrier, kMathThreads);
+      if (thread == 0) {
+        // Releases what all these warps wrote (the barrier ordered it before), and acquires what the others released.
+        unsigned* arrived = p_.arrived + item.unit;
+        const bool last = add_acquire_release(arrived) + 1 == static_cast<unsigned>(item.num_splits);
+        if (last) *arrived = 0;  // for the next launch
+        shared_.is_last = last;
+      }
+      named_barrier(kMathBarrier, kMathThreads);
+      if (shared_.is_last != 0) merge(item, request, head, first_row, rows);
+    }
+  }
+
+  __device__ static unsigned add_acquire_release(unsigned* counter) {
+    unsigned before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+  }
+
+  // Merges the splits of a unit in their order. A warp takes a row, or with few rows one of `parts` equal stretches of
+  // the row's splits, whose sums are then added; its lanes hold the weights of 32 splits.
+  __device__ void merge(const Item& item, int request, int head, int first_row, int rows) {
+    constexpr int kVectors = (kDim + 127) / 128;  // of 4 features, a lane
+    constexpr int kStep = (kColumns == 1 ? 16 : 8) / kVectors;
+    const bool fixed = p_.shape.split_keys > 0;
+    const int parts = rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 2 : 1, part = warp_ % parts;
+    const int length = (item.num_splits + parts - 1) / parts;
+    const int from = min(part * length, item.num_splits), to = min(from + length, item.num_splits);
+    int row = warp_ / parts;
+#pragma unroll 1
+    do {
+      const int own_row = min(row, rows - 1);
+      const auto slot = [&](int split) { return slot_of(fixed, item.slot, split) * p_.partial_rows + own_row; };
+      const auto state = [&](int split, int end) {
+        return split < end ? __ldcg(p_.partial_state + slot(split)) : make_float2(-INFINITY, 0.0f);
+      };
+      // Steps beyond the last split repeat it with no weight, so that all loads of a step are in flight together.
+      float4 y[kStep][kVectors];
+      const auto load = [&](int first) {
+#pragma unroll
+        for (int u = 0; u < kStep; ++u) {
+          const float* at = p_.partial_out + slot(min(first + u, item.num_splits - 1)) * kDim;
+#pragma unroll
+          for (int i = 0; i < kVectors; ++i) {
+            const int column = 4 * (lane_ + 32 * i);
+            y[u][i] = __ldcg(reinterpret_cast<const float4*>(at + (column < kDim ? column : 0)));
+          }
+        }
+      };
+      load(from);
+      float largest = -INFINITY;
+      for (int split = lane_; split < item.num_splits; split += 32) {
+        largest = fmaxf(largest, state(split, item.num_splits).x);
+      }
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, lanes));
+      }
+      float sum = 0.0f, weight = 0.0f, x[kVectors][4] = {};
+#pragma unroll 1
+      for (int first = from; first < to; first += kStep) {
+        if (first != from) load(first);
+        if ((first - from) % 32 == 0) {
+          const float2 own = state(first + lane_, to);
+          weight = weight_of(own.x, largest);
+          sum += weight * own.y;
+        }
+#pragma unroll
+        for (int u = 0; u < kStep; ++u) {
+          const float w = __shfl_sync(kFullWarp, weight, (first - from) % 32 + u);
+          if (first + u >= to) continue;
+#pragma unroll
+          for (int i = 0; i < kVectors; ++i) {
+            x[i][0] += w * y[u][i].x;
+            x[i][1] += w * y[u][i].y;
+            x[i][2] += w * y[u][i].z;
+            x[i][3] += w * y[u][i].w;
+          }
+        }
+      }
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
+
+      if (parts > 1) {
+        // The first lines of the exchange are long enough for a row: there are fewer than 8 * kColumns * kMathWarps.
+        auto* exchange = &shared_.exchange[0][0];
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+          const int column = 4 * (lane_ + 32 * i);
+          if (column < kDim) {
+            *reinterpret_cast<float4*>(exchange + warp_ * kDim + column) =
+                make_float4(x[i][0], x[i][1], x[i][2], x[i][3]);
+          }
+        }
+        if (lane_ == 0) shared_.sum[warp_] = sum;
+        named_barrier(kMathBarrier, kMathThreads);
+        if (part == 0) {
+          for (int other = warp_ + 1; other < warp_ + parts; ++other) {
+            sum += shared_.sum[other];
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i) {
+              const int column = 4 * (lane_ + 32 * i);
+              if (column >= kDim) continue;
+              const float4 z = *reinterpret_cast<const float4*>(exchange + other * kDim + column);
+              x[i][0] += z.x;
+              x[i][1] += z.y;
+              x[i][2] += z.z;
+              x[i][3] += z.w;
+            }
+          }
+        }
+      }
+      if (part == 0 && row < rows) {
+        const int full_row = first_row + row;
+        const Final final = finalize(largest, sum, head * p_.group + full_row % p_.group);
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+          const int column = 4 * (lane_ + 32 * i);
+          if (column < kDim) write(request, head, full_row, column, x[i], final);
+        }
+      }
+      row += kMathWarps;
+    } while (parts == 1 && row < rows);
+  }
+
+  // Of sums that are relative to 2^max, when they become relative to 2^largest. Above 0 if something was summed: what
+  // is infinite stays so.
+  __device__ static float weight_of(float max, float largest) {
+    return max == -INFINITY ? 0.0f : fmaxf(exp2_approx(max - largest), kTiny);
+  }
+
+  const Params& p_;
+  Shared& shared_;
+  int warp_, lane_, slice_sets_, slice_set_, row_base_;
+  Work work_;
+
+  std::uint32_t query_[kColumns][kSteps][2];
+  float factor_[kColumns][2];
+  int position_[kColumns][2];
+  float max_[kColumns][2], reference_[kColumns][2], sum_[kColumns][2];  // the sum is of this lane's keys alone
+  float out_[kBlocks][kColumns][4];
+};
+
+}  // namespace heddle::cuda::decode

@@ -1,0 +1,45 @@
+// How the decode kernel is cut, for host and device.
+#pragma once
+
+#include <cstdint>
+
+namespace heddle::cuda::decode {
+
+// Roles: four warps load, eight compute. 384 threads leave 168 registers to each; those that load hand some over.
+inline constexpr int kLoadWarps = 4, kMathWarps = 8;
+inline constexpr int kLoadRegisters = 80, kMathRegisters = 208;
+static_assert(32 * (kLoadWarps * kLoadRegisters + kMathWarps * kMathRegisters) <= 65536);
+inline constexpr int kThreads = 32 * (kLoadWarps + kMathWarps);
+inline constexpr int kMathThreads = 32 * kMathWarps;
+
+// A KV tile is what one stage of the ring holds; a warp computes slices of 16 keys, the rows of one matrix product.
+inline constexpr int kTileKeys = 64, kSliceKeys = 16, kSlices = kTileKeys / kSliceKeys;
+static_assert(kSlices == kLoadWarps, "each loading warp fills one slice of a tile");
+
+// Query rows (query, head of the group) are columns of the products, in steps of 8. A warp takes kColumns steps of
+// them; row_groups = 1, 2 or 4 sets of warps take different rows, the warps of a set different slices.
+constexpr int max_columns(int head_dim) { return head_dim <= 128 ? 2 : 1; }
+struct RowTile {
+  int columns = 1, row_groups = 1;
+  int rows() const { return 8 * columns * row_groups; }
+};
+constexpr RowTile row_tile(std::int64_t rows, int head_dim) {
+  RowTile tile;
+  if (rows > 8) tile.columns = max_columns(head_dim);
+  while (tile.row_groups < 4 && 8 * tile.columns * tile.row_groups < rows) tile.row_groups *= 2;
+  return tile;
+}
+
+// Shared memory of a block on sm_90, less what the compiler's own use may take.
+inline constexpr int kSharedBytes = 227 * 1024;
+
+// Rows of K and V in shared memory: an odd number of 16-byte units apart, so that the eight rows of a matrix lie in
+// different banks.
+constexpr int row_pitch(int row_bytes) { return row_bytes / 16 % 2 == 1 ? row_bytes : row_bytes + 16; }
+
+// What starting and ending a unit costs beside its keys, in granules of 16 keys of 16-bit elements.
+inline constexpr int kOverheadGranules = 4;
+
+inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+}  // namespace heddle::cuda::decode

@@ -1,0 +1,285 @@
+// The loading warps of the decode kernel: they walk the CTA's chunks and keep the ring of KV tiles full, across items.
+#pragma once
+
+#include "cuda/common/async.cuh"
+#include "cuda/common/online_softmax.cuh"
+#include "cuda/sm90/decode/shared.cuh"
+
+namespace heddle::cuda::decode {
+
+// Which chunks this CTA works on: those of its own queue, then what others left in theirs. One loading warp asks.
+class Queues {
+ public:
+  __device__ explicit Queues(const Params& p) : p_(p), cta_(static_cast<int>(blockIdx.x)) {}
+
+  // The chunk after the first, or -1; the same for all lanes. per_cta: chunks of every queue.
+  __device__ int take(int per_cta) {
+    if (per_cta == 1) return -1;
+    if (!p_.stealing) return taken_ < per_cta ? cta_ * per_cta + taken_++ : -1;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    while (cta_ >= 0) {
+      int n = 0;
+      if (lane == 0) n = static_cast<int>(atomicAdd(p_.queue + cta_, 1u));
+      n = __shfl_sync(kFullWarp, n, 0);
+      if (n < per_cta) return cta_ * per_cta + n;
+      cta_ = find(per_cta, lane);
+    }
+    return -1;
+  }
+
+ private:
+  // A CTA with chunks left, looked for from this one on, a warp's worth at a time.
+  __device__ int find(int per_cta, int lane) const {
+#pragma unroll 1
+    for (int first = 1; first < p_.shape.ctas; first += 32) {
+      const int cta = (static_cast<int>(blockIdx.x) + first + lane) % p_.shape.ctas;
+      const bool left = first + lane < p_.shape.ctas && static_cast<int>(__ldcg(p_.queue + cta)) < per_cta;
+      const unsigned who = __ballot_sync(kFullWarp, left);
+      if (who != 0) return __shfl_sync(kFullWarp, cta, __ffs(static_cast<int>(who)) - 1);
+    }
+    return -1;
+  }
+
+  const Params& p_;
+  int cta_, taken_ = 1;
+};
+
+// What a loading warp does: slice `warp` of every tile.
+template <class Config>
+class Loader {
+ public:
+  using Shared = typename Config::Shared;
+
+  __device__ Loader(const Params& p, Shared& shared, int warp)
+      : p_(p),
+        shared_(shared),
+        warp_(warp),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        policy_(evict_first_policy()),
+        queues_(p) {}
+
+  // Tiles are issued one behind, so that the places of a tile's keys are on their way while the one before is issued.
+  __device__ void run() {
+    chunk_ = load_chunk(p_.own + blockIdx.x);
+    walk_.at = chunk_.begin;
+    Tile pending;
+    Row pending_row;
+#pragma unroll 1
+    for (bool more = true; more;) {
+      Tile tile;
+      more = next(tile);
+      const Row row = look_up(tile);
+      if (pending.keys >= 0) issue(pending, pending_row);
+      pending = tile;
+      pending_row = row;
+    }
+    announce({});
+    if (p_.stealing && warp_ == 0 && lane_ == 0) leave();
+  }
+
+ private:
+  // A tile of an item, from `begin` on; `keys` of the item are left (0 for an empty one). keys < 0: no tile.
+  struct Tile {
+    int begin = 0, keys = -1, head = 0, request = 0;
+  };
+
+  // Where the key of one of the slice's rows lies. Lanes l and l + 16 know the same row.
+  struct Row {
+    int key = kNoKey, page = -1;
+    unsigned slot = 0;
+  };
+
+  __device__ static Chunk load_chunk(const Chunk* from) {
+    Chunk chunk;
+    const int4* words = reinterpret_cast<const int4*>(from);
+    reinterpret_cast<int4*>(&chunk)[0] = __ldcg(words);
+    reinterpret_cast<int4*>(&chunk)[1] = __ldcg(words + 1);
+    return chunk;
+  }
+
+  // The next tile. At the end of a chunk comes one that is none, so that what is pending does not wait for the next
+  // chunk. False after the last one.
+  __device__ bool next(Tile& tile) {
+    if (begin_ + kTileKeys < item_.end) {
+      begin_ += kTileKeys;
+    } else if (walk_.more(chunk_)) {
+      open(walk_.at.unit);
+      item_ = walk_.next(p_.shape, chunk_, keys_, p_.max_splits);
+      begin_ = item_.begin;
+      flushed_ = false;
+      announce({item_, row_tile_, head_, request_, kv_len_, all_see_from_, all_see_to_});
+    } else if (!flushed_) {
+      flushed_ = true;
+      item_.end = begin_ = 0;
+      return true;
+    } else {
+      const int index = next_chunk();
+      if (index < 0) return false;
+      chunk_ = load_chunk(p_.chunks + index);
+      walk_.at = chunk_.begin;
+      return true;
+    }
+    tile = {begin_, item_.end - begin_, head_, request_};
+    return true;
+  }
+
+  // Tells the computing warps what comes.
+  __device__ void announce(const Work& work) {
+    if (warp_ != 0) return;
+    shared_.work_empty[work_].wait(work_phase_ ^ 1);
+    if (lane_ == 0) {
+      shared_.works[work_] = work;
+      shared_.work_full[work_].arrive();
+    }
+    if (++work_ == kWorks) {
+      work_ = 0;
+      work_phase_ ^= 1;
+    }
+  }
+
+  // All loading warps get the same chunks in the same order.
+  __device__ int next_chunk() {
+    if (!p_.stealing) return queues_.take(chunk_.per_cta);
+    if (warp_ == 0) {
+      const int index = queues_.take(chunk_.per_cta);
+      if (lane_ == 0) shared_.next_chunk[parity_] = index;
+    }
+    named_barrier(kLoadBarrier, 32 * kLoadWarps);
+    const int index = shared_.next_chunk[parity_];
+    parity_ ^= 1;  // so the next answer may be written before all have read this one
+    return index;
+  }
+
+  // Looks up the request and head of a unit and its number of keys.
+  __device__ void open(unsigned unit) {
+    if (unit == unit_) return;
+    unit_ = unit;
+    const auto per_entry = static_cast<unsigned>(p_.shape.units_per_entry);
+    const unsigned entry = unit / per_entry;
+    const int unit_in_entry = static_cast<int>(unit % per_entry);
+    row_tile_ = unit_in_entry % p_.row_tiles;
+    if (p_.tokens != nullptr) {
+      request_ = static_cast<int>(entry / static_cast<unsigned>(p_.num_kv_heads));
+      head_ = static_cast<int>(entry % static_cast<unsigned>(p_.num_kv_heads));
+    } else {
+      request_ = static_cast<int>(entry);
+      head_ = unit_in_entry / p_.row_tiles;
+    }
+    if (entry == entry_) return;
+    entry_ = entry;
+    const bool known = unit == chunk_.begin.unit;  // the plan left them with the chunk
+    kv_len_ = known ? chunk_.kv_len : kv_len_of(p_, request_);
+    visible_ = p_.mask.visible(kv_len_);
+    keys_ = known ? chunk_.keys : p_.tokens != nullptr ? __ldcg(p_.counts + entry) : visible_.count;
+    // The keys that every query sees, among the visible ones; those of a list are tested one by one.
+    const int left = min(p_.mask.left, p_.mask.select_left), right = min(p_.mask.right, p_.mask.select_right);
+    const int shift = visible_.globals - visible_.first;
+    all_see_from_ = max(visible_.globals, kv_len_ - 1 - left + shift);
+    all_see_to_ = p_.tokens != nullptr ? 0 : kv_len_ - p_.mask.num_queries + right + 1 + shift;
+  }
+
+  __device__ Row look_up(const Tile& tile) const {
+    Row row;
+    const int at = warp_ * kSliceKeys + lane_ % kSliceKeys, i = tile.begin + at;
+    if (at >= tile.keys) return row;
+    const int key =
+        p_.tokens == nullptr
+            ? visible_.key(i)
+            : __ldg(p_.tokens + tile.request * p_.tokens_batch_stride + tile.head * p_.tokens_head_stride + i);
+    if (static_cast<unsigned>(key) >= static_cast<unsigned>(kv_len_)) return row;
+    const unsigned index = static_cast<unsigned>(key) / p_.page_size;
+    row.key = key;
+    row.slot = static_cast<unsigned>(key) - index * p_.page_size;
+    row.page = __ldg(p_.block_table + tile.request * p_.table_stride + index);
+    return row;
+  }
+
+  // Fills the next stage.
+  __device__ void issue(const Tile& tile, const Row& row) {
+    auto& stage = shared_.stages[stage_];
+    const bool inside = static_cast<unsigned>(row.page) < p_.num_pages;
+    std::uint32_t k_at = kNowhere, v_at = kNowhere;
+    if (inside) {
+      const auto page = static_cast<std::uint32_t>(row.page), head = static_cast<std::uint32_t>(tile.head);
+      k_at = page * p_.k_page_stride + head * p_.k_head_stride + row.slot * p_.k_slot_stride;
+      v_at = page * p_.v_page_stride + head * p_.v_head_stride + row.slot * p_.v_slot_stride;
+    }
+    shared_.empty[stage_].wait(phase_ ^ 1);
+    if (warp_ * kSliceKeys < tile.keys) {  // slices beyond the end are not computed
+      if (p_.fetch_ahead) {
+        copy_rows<true>(stage.k, p_.k, k_at);
+        copy_rows<true>(stage.v, p_.v, v_at);
+      } else {
+        copy_rows<false>(stage.k, p_.k, k_at);
+        copy_rows<false>(stage.v, p_.v, v_at);
+      }
+      if (lane_ < kSliceKeys) {
+        const int at = warp_ * kSliceKeys + lane_;
+        stage.keys[at] = inside ? row.key : kNoKey;
+        if (Config::Format::kScaled && p_.partition > 0) {
+          const float* scale = p_.k_scale;
+          if (inside) {
+            scale += row.page * p_.k_scale_page_stride + tile.head * p_.k_scale_head_stride +
+                     row.slot / static_cast<unsigned>(p_.partition) * p_.k_scale_group_stride;
+          }
+          copy4_async(shared_address(stage.k_scale + at), scale, inside ? 4 : 0);
+        }
+      }
+    }
+    shared_.full[stage_].arrive_when_copied();
+    __syncwarp();
+    if (lane_ == 0) shared_.full[stage_].arrive();
+    advance();
+  }
+
+  // The rows of this warp's slice, whose offsets lie in lanes 0 to 15.
+  template <bool kAhead>
+  __device__ void copy_rows(char* to, const char* from, std::uint32_t at) {
+    constexpr int kUnits = Config::kRowBytes / 16;  // 16-byte pieces of a row
+    const std::uint32_t base = shared_address(to) + warp_ * kSliceKeys * Config::kPitch;
+#pragma unroll 4
+    for (int i = 0; i < kSliceKeys * kUnits / 32; ++i) {
+      const int piece = i * 32 + lane_, row = piece / kUnits, column = piece % kUnits;
+      const std::uint32_t offset = __shfl_sync(kFullWarp, at, row);
+      const bool inside = offset != kNowhere;
+      const char* source = from + (inside ? std::uint64_t{offset} * 16 + column * 16 : 0);
+      copy16_async<kAhead>(base + row * Config::kPitch + column * 16, source, inside ? 16 : 0, policy_);
+    }
+  }
+
+  __device__ void advance() {
+    if (++stage_ == Config::kStages) {
+      stage_ = 0;
+      phase_ ^= 1;
+    }
+  }
+
+  // The last CTA to find all queues empty fills them again, for the next launch with this plan.
+  __device__ void leave() {
+    unsigned* gone = p_.queue + p_.shape.ctas;
+    if (atomicAdd(gone, 1u) + 1 != gridDim.x) return;
+    for (int i = 0; i < p_.shape.ctas; ++i) p_.queue[i] = 1;
+    *gone = 0;
+  }
+
+  static constexpr std::uint32_t kNowhere = 0xffffffffu;
+
+  const Params& p_;
+  Shared& shared_;
+  int warp_, lane_;
+  std::uint64_t policy_;
+  int stage_ = 0, phase_ = 0, parity_ = 0;
+
+  Queues queues_;
+  Chunk chunk_;
+  Walk walk_;
+  Item item_;
+  int begin_ = 0, work_ = 0, work_phase_ = 0;
+  bool flushed_ = false;
+
+  unsigned unit_ = kNoUnit, entry_ = kNoUnit;
+  int row_tile_ = 0, head_ = 0, request_ = 0, kv_len_ = 0, keys_ = 0, all_see_from_ = 0, all_see_to_ = 0;
+  VisibleKeys visible_;
+};
+
+}  // namespace heddle::cuda::decode

@@ -1,0 +1,78 @@
+// What the decode kernels are handed: DecodeArgs with the workspace laid out.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/sm90/decode/plan.h"
+
+namespace heddle::cuda::decode {
+
+// Strides of rows in bytes (elements for floats).
+struct RowStrides {
+  std::int64_t batch = 0, seq = 0, head = 0;
+};
+
+struct Params {
+  const char* q = nullptr;
+  char* out = nullptr;
+  float* lse = nullptr;
+  RowStrides q_stride, out_stride, lse_stride;
+  bool wide_out = false;  // rows of out may be written by 8 bytes
+
+  // Pages of keys and values, strides in units of 16 bytes.
+  const char *k = nullptr, *v = nullptr;
+  std::uint32_t k_page_stride = 0, k_head_stride = 0, k_slot_stride = 0;
+  std::uint32_t v_page_stride = 0, v_head_stride = 0, v_slot_stride = 0;
+  bool fetch_ahead = false;  // 256 aligned bytes hold rows of one page and head
+  std::uint32_t page_size = 1, num_pages = 0;
+  const std::int32_t *seq_lens = nullptr, *block_table = nullptr;
+  std::int64_t table_stride = 0;
+  int max_kv_len = 0;
+
+  // 8-bit formats
+  const float *k_scale = nullptr, *v_scale = nullptr, *q_scale = nullptr;
+  float q_static_scale = 0.0f;
+  int partition = 0;  // tokens that a scale of K covers; 0: all
+  std::int64_t k_scale_page_stride = 0, k_scale_head_stride = 0, k_scale_group_stride = 0;
+
+  // score_factor turns products into log2 units, or with softcap into the argument of tanh; `cap` is softcap in log2
+  // units, 0 for none.
+  float score_factor = 1.0f, cap = 0.0f;
+  const float* sinks = nullptr;
+  Mask mask;
+
+  // Token lists: null, or keys [list_stride.batch * b + list_stride.head * h + i]. `counts` holds their lengths.
+  const std::int32_t *tokens = nullptr, *token_lengths = nullptr;
+  std::int64_t tokens_batch_stride = 0, tokens_head_stride = 0, lengths_batch_stride = 0, lengths_head_stride = 0;
+  int num_tokens = 0;
+
+  int num_queries = 1, group = 1, num_kv_heads = 1;  // rows of a KV head: num_queries * group
+  int row_groups = 1, rows_per_tile = 8, row_tiles = 1;
+
+  // The workspace.
+  PlanShape shape;
+  std::int64_t max_splits = 1;     // of a unit, with fixed splits
+  Chunk* chunks = nullptr;         // [shape.chunks()]
+  std::int64_t* starts = nullptr;  // [entries + 1]
+  std::int32_t* counts = nullptr;  // [entries], with token lists
+  unsigned* arrived = nullptr;     // [units]: splits that are done
+  Chunk* own = nullptr;            // [ctas]: a copy of the first chunk of each
+  // [ctas + 1]: chunks of each CTA that are taken (from 1 on: the first is its own); CTAs that found nothing more
+  unsigned* queue = nullptr;
+  float* partial_out = nullptr;     // [slots, partial_rows, D]
+  float2* partial_state = nullptr;  // [slots, partial_rows]: maximum and sum
+  int partial_rows = 0;
+  bool stealing = false;
+
+  HEDDLE_HD int units() const { return static_cast<int>(shape.entries) * shape.units_per_entry; }
+  HEDDLE_HD int rows() const { return num_queries * group; }
+};
+
+#ifdef __CUDACC__
+// A length that is out of range counts as the nearest that is not.
+__device__ __forceinline__ int kv_len_of(const Params& p, std::int64_t request) {
+  return min(max(__ldg(p.seq_lens + request), 0), p.max_kv_len);
+}
+#endif
+
+}  // namespace heddle::cuda::decode

@@ -1,0 +1,101 @@
+// The plan, made on the device from lengths that the host has not seen: one block. Its time is a few dependent reads:
+// lengths, a scan over the batch, two binary searches a chunk.
+#pragma once
+
+#include "cuda/common/async.cuh"
+#include "cuda/common/online_softmax.cuh"
+#include "cuda/sm90/decode/params.h"
+
+namespace heddle::cuda::decode {
+
+inline constexpr int kPlanThreads = 1024;
+inline constexpr int kPlanEntries = 2048;  // so many are searched in shared memory
+inline constexpr int kPlanChunks = 4096;
+
+// Entries of a token list before its first -1.
+__device__ inline int list_length(const Params& p, std::int64_t entry) {
+  const std::int64_t request = entry / p.num_kv_heads, head = entry % p.num_kv_heads;
+  int high = p.num_tokens, low = 0;
+  if (p.token_lengths != nullptr) {
+    return min(max(__ldg(p.token_lengths + request * p.lengths_batch_stride + head * p.lengths_head_stride), 0), high);
+  }
+  const std::int32_t* list = p.tokens + request * p.tokens_batch_stride + head * p.tokens_head_stride;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (__ldg(list + middle) >= 0) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+__global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const __grid_constant__ Params p) {
+  __shared__ std::int64_t near_starts[kPlanEntries + 1];
+  __shared__ Place places[kPlanChunks + 1];
+  __shared__ std::int64_t warp_sums[32];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  launch_dependents();
+  wait_for_predecessors();
+
+  const std::int64_t entries = p.shape.entries;
+  const auto visible = [&](std::int64_t entry) { return p.mask.visible(kv_len_of(p, entry)).count; };
+  const auto keys_of = [&](std::int64_t entry) { return p.tokens != nullptr ? p.counts[entry] : visible(entry); };
+  std::int64_t* starts = entries <= kPlanEntries ? near_starts : p.starts;
+
+  for (int i = thread; i < p.units(); i += kPlanThreads) p.arrived[i] = 0;
+
+  // Exclusive sums of the entries' lengths.
+  std::int64_t total = 0;
+  for (std::int64_t first = 0; first < entries; first += kPlanThreads) {
+    const std::int64_t entry = first + thread;
+    std::int64_t length = 0;
+    if (entry < entries) {
+      int keys = 0;
+      if (p.tokens != nullptr) {
+        keys = p.counts[entry] = list_length(p, entry);
+      } else {
+        keys = visible(entry);
+      }
+      length = std::int64_t{p.shape.length(keys)} * p.shape.units_per_entry;
+    }
+    std::int64_t sum = length;
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      const std::int64_t below = __shfl_up_sync(kFullWarp, sum, lanes);
+      if (lane >= lanes) sum += below;
+    }
+    if (lane == 31) warp_sums[warp] = sum;
+    __syncthreads();
+    std::int64_t before = 0, all = 0;
+    for (int w = 0; w < kPlanThreads / 32; ++w) {
+      if (w < warp) before += warp_sums[w];
+      all += warp_sums[w];
+    }
+    if (entry < entries) starts[entry] = total + before + sum - length;
+    total += all;
+    __syncthreads();
+  }
+  if (thread == 0) starts[entries] = total;
+  __syncthreads();
+
+  const int chunks = p.shape.chunks();
+  for (int c = thread; c <= chunks; c += kPlanThreads) {
+    places[c] = place_at(p.shape, starts, c < chunks ? chunk_start(p.shape, total, c) : total, keys_of);
+  }
+  __syncthreads();
+  const int per_cta = chunks_per_share(p.shape, total);
+  for (int c = thread; c < chunks; c += kPlanThreads) {
+    Chunk chunk = chunk_at(p.shape, places, c, per_cta);
+    const std::int64_t entry = chunk.begin.unit / static_cast<unsigned>(p.shape.units_per_entry);
+    if (entry < entries) {
+      chunk.kv_len = kv_len_of(p, p.tokens != nullptr ? entry / p.num_kv_heads : entry);
+      chunk.keys = keys_of(entry);
+    }
+    p.chunks[c] = chunk;
+    if (c % per_cta == 0 && c / per_cta < p.shape.ctas) p.own[c / per_cta] = chunk;
+  }
+  for (int i = thread; i <= p.shape.ctas; i += kPlanThreads) p.queue[i] = i == p.shape.ctas ? 0 : 1;
+}
+
+}  // namespace heddle::cuda::decode

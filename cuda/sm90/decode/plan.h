@@ -1,0 +1,211 @@
+// The plan of a decode step: which CTA reads which keys. Pure arithmetic, for the device and for tests on the host.
+//
+// A *unit* is what shares keys: a KV head of a request, with up to 64 query rows. Units stand in a line, request by
+// request; each is as long as its visible keys, in granules, plus a fixed overhead. The line is cut into chunks of
+// equal length, in places that are multiples of the granule. A chunk is a run of *items*, an item the part of a unit
+// that lies in it: one split. So every CTA gets the same number of keys, however skewed the batch is, and a unit has at
+// most one split a chunk. Cuts depend on the lengths alone, never on who takes which chunk.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define HEDDLE_HD __host__ __device__ __forceinline__
+#else
+#define HEDDLE_HD inline
+#endif
+
+namespace heddle::cuda::decode {
+
+inline constexpr int kGranuleKeys = 16;
+inline constexpr int kMinPieceGranules = 4;  // a cut closer than this to an end of a unit moves there
+inline constexpr int kUnbounded = 1 << 30;
+
+// Chunks of one CTA's queue: the first, three quarters of its share, is the CTA's own; each of the rest, which may be
+// stolen, is half as long as the one before (the last two are equal). So the last ones to start are short. None is
+// shorter than kMinChunkGranules; short shares are one chunk, since a steal would cost more than it evens out.
+inline constexpr int kQueueChunks = 8;
+inline constexpr int kMinChunkGranules = 8, kMinStealGranules = 192;
+
+// Which keys of a request some of its queries see: `globals` keys from global_first, then those from `first` to the
+// end.
+struct VisibleKeys {
+  int global_first = 0, globals = 0, first = 0, count = 0;
+
+  HEDDLE_HD int key(int i) const { return i < globals ? global_first + i : first + (i - globals); }
+};
+
+// Windows around a query's position p: keys p - left to p + right; of these the first num_globals, and those from
+// p - select_left to p + select_right.
+struct Mask {
+  int num_queries = 1;
+  int left = kUnbounded, right = kUnbounded, select_left = kUnbounded, select_right = kUnbounded, num_globals = 0;
+
+  HEDDLE_HD bool sees(int position, int key) const {
+    return key >= position - left && key <= position + right &&
+           (key < num_globals || (key >= position - select_left && key <= position + select_right));
+  }
+  HEDDLE_HD VisibleKeys visible(int kv_len) const {
+    const int position = kv_len - num_queries;  // of the first query, which looks back furthest
+    const int from = position - left > 0 ? position - left : 0;
+    const int selected = position - select_left > from ? position - select_left : from;
+    const int end = num_globals < selected ? num_globals : selected;
+    VisibleKeys keys;
+    keys.global_first = from;
+    keys.globals = end > from ? end - from : 0;
+    keys.first = selected;
+    keys.count = keys.globals + (kv_len > selected ? kv_len - selected : 0);
+    return keys;
+  }
+};
+
+// Units are numbered entry by entry. Entries are requests, or (request, KV head) where every KV head has its own keys.
+struct PlanShape {
+  std::int64_t entries = 0;
+  int units_per_entry = 1;
+  int ctas = 1;
+  int overhead = 0;    // what starting a unit costs, in granules
+  int split_keys = 0;  // > 0: every split of a unit has this many keys, a multiple of a tile
+
+  HEDDLE_HD int chunks() const { return ctas * kQueueChunks; }
+  HEDDLE_HD int granule() const { return split_keys > 0 ? split_keys : kGranuleKeys; }
+  HEDDLE_HD int granules(int keys) const { return (keys + granule() - 1) / granule(); }
+  // Length of a unit on the line, never 0.
+  HEDDLE_HD int length(int keys) const {
+    const int n = granules(keys) + (split_keys > 0 ? 0 : overhead);
+    return n > 0 ? n : 1;
+  }
+};
+
+// A place on the line: key `key` (counted among the visible ones) of a unit. Ordered as the line is.
+struct Place {
+  std::uint32_t unit = 0, key = 0;
+
+  HEDDLE_HD std::uint64_t order() const { return std::uint64_t{unit} << 32 | key; }
+};
+
+// 32 bytes. first_chunk: where the unit at `begin` starts; last_chunk: where the unit at `end` ends (both this chunk if
+// `begin` or `end` lies at the start of a unit).
+struct Chunk {
+  Place begin, end;
+  std::uint16_t first_chunk = 0, last_chunk = 0;
+  std::uint16_t index = 0;            // of this chunk
+  std::uint16_t per_cta = 1;          // chunks of each CTA's queue: CTA c has those from c * per_cta on
+  std::int32_t kv_len = 0, keys = 0;  // of the entry at `begin`
+};
+static_assert(sizeof(Chunk) == 32);
+
+// CTAs that get a share of a line of `total` granules; a share is at least a piece.
+HEDDLE_HD std::int64_t sharing_ctas(const PlanShape& shape, std::int64_t total) {
+  const std::int64_t shares = total / (shape.split_keys > 0 ? 1 : kMinPieceGranules);
+  return shares < 1 ? 1 : shares < shape.ctas ? shares : shape.ctas;
+}
+// Chunks that each CTA's share is cut into.
+HEDDLE_HD int chunks_per_share(const PlanShape& shape, std::int64_t total) {
+  const std::int64_t share = total / sharing_ctas(shape, total);
+  if (share < (shape.split_keys > 0 ? 8 : kMinStealGranules)) return 1;
+  int chunks = 2;
+  while (chunks < kQueueChunks && share >> (chunks + 1) >= (shape.split_keys > 0 ? 1 : kMinChunkGranules)) ++chunks;
+  return chunks;
+}
+
+// Where chunk c of shape.chunks() begins on the line. Chunks beyond the line are empty.
+HEDDLE_HD std::int64_t chunk_start(const PlanShape& shape, std::int64_t total, int chunk) {
+  const std::int64_t ctas = sharing_ctas(shape, total);
+  const int per_cta = chunks_per_share(shape, total), cta = chunk / per_cta, at = chunk % per_cta;
+  if (cta >= ctas) return total;
+  const std::int64_t before = at == 0 ? 0 : (256 - (128 >> at));  // of the share, in 256ths
+  return total * (256 * cta + before) / (256 * ctas);
+}
+
+// The place at x on the line. starts[e]: where entry e starts, starts[entries] the total; keys_of(e): its keys.
+template <class KeysOf>
+HEDDLE_HD Place place_at(const PlanShape& shape, const std::int64_t* starts, std::int64_t x, KeysOf keys_of) {
+  const auto units = static_cast<std::uint32_t>(shape.units_per_entry);
+  std::int64_t low = 0, high = shape.entries;  // the entry with starts[entry] <= x < starts[entry + 1]
+  if (x >= starts[high]) return {static_cast<std::uint32_t>(high) * units, 0};
+  while (high - low > 1) {
+    const std::int64_t middle = (low + high) / 2;
+    (starts[middle] <= x ? low : high) = middle;
+  }
+  const int keys = keys_of(low), length = shape.length(keys), granules = shape.granules(keys);
+  const auto within = x - starts[low];
+  const auto unit = static_cast<std::uint32_t>(low) * units + static_cast<std::uint32_t>(within / length);
+  const int at = static_cast<int>(within % length), piece = shape.split_keys > 0 ? 1 : kMinPieceGranules;
+  if (at < piece) return {unit, 0};
+  if (granules - at < piece) return {unit + 1, 0};
+  return {unit, static_cast<std::uint32_t>(at * shape.granule())};
+}
+
+// The last of `count` sorted places that is not after `order`.
+HEDDLE_HD int last_not_after(const Place* places, int count, std::uint64_t order) {
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (places[middle].order() <= order ? low : high) = middle;
+  }
+  return low;
+}
+
+// Chunk c, from the places where all chunks begin and the end of the line (chunks + 1 of them).
+HEDDLE_HD Chunk chunk_at(const PlanShape& shape, const Place* places, int chunk, int per_cta) {
+  Chunk c;
+  c.begin = places[chunk];
+  c.end = places[chunk + 1];
+  const auto holds = [&](std::uint64_t order) {
+    return static_cast<std::uint16_t>(last_not_after(places, shape.chunks(), order));
+  };
+  c.index = static_cast<std::uint16_t>(chunk);
+  c.per_cta = static_cast<std::uint16_t>(per_cta);
+  c.first_chunk = c.begin.key > 0 ? holds(Place{c.begin.unit, 0}.order()) : c.index;
+  c.last_chunk = c.end.key > 0 ? holds(Place{c.end.unit + 1, 0}.order() - 1) : c.index;
+  return c;
+}
+
+// One item: keys [begin, end) of a unit, split `split` of `num_splits`. Partial results of its unit lie in slots
+// slot_of(0), slot_of(1), ...
+struct Item {
+  std::uint32_t unit = 0;
+  int begin = 0, end = 0, split = 0, num_splits = 1;
+  std::int64_t slot = 0;  // of split 0, see slot_of
+};
+
+HEDDLE_HD std::int64_t slot_of(bool fixed_splits, std::int64_t first, int split) {
+  // A chunk has two slots: the even one for a unit that it continues, the odd one for a unit that starts in it.
+  return fixed_splits ? first + split : split == 0 ? 2 * first + 1 : 2 * (first + split);
+}
+
+// Walks the items of a chunk: while (walk.more(chunk)) { item = walk.next(...); }
+struct Walk {
+  Place at;
+
+  HEDDLE_HD bool more(const Chunk& chunk) const { return at.order() < chunk.end.order(); }
+  // keys: of the unit at `at`; max_splits: of any unit, with fixed splits.
+  HEDDLE_HD Item next(const PlanShape& shape, const Chunk& chunk, int keys, std::int64_t max_splits) {
+    Item item;
+    item.unit = at.unit;
+    item.begin = static_cast<int>(at.key);
+    item.end = keys;
+    if (shape.split_keys > 0) {
+      item.split = item.begin / shape.split_keys;
+      item.num_splits = keys > 0 ? shape.granules(keys) : 1;
+      item.slot = static_cast<std::int64_t>(at.unit) * max_splits;
+      if (item.begin + shape.split_keys < keys) item.end = item.begin + shape.split_keys;
+    } else {
+      const bool ends = at.unit != chunk.end.unit;  // the unit ends in this chunk
+      if (!ends) item.end = static_cast<int>(chunk.end.key);
+      const int first = item.begin > 0 ? chunk.first_chunk : chunk.index, last = ends ? chunk.index : chunk.last_chunk;
+      item.split = chunk.index - first;
+      item.num_splits = last - first + 1;
+      item.slot = first;
+    }
+    if (item.end < keys) {
+      at.key = static_cast<std::uint32_t>(item.end);
+    } else {
+      at = {at.unit + 1, 0};
+    }
+    return item;
+  }
+};
+
+}  // namespace heddle::cuda::decode
