@@ -4,8 +4,8 @@
 #include <string>
 
 #include "core/kernels.h"
+#include "cuda/common/workspace.h"
 #include "cuda/launch.h"
-#include "cuda/sm90/workspace.h"
 #include "heddle/error.h"
 
 namespace heddle::sm90 {
@@ -50,6 +50,98 @@ void merge(const MergeProblem& problem) {
 }
 
 namespace {
+
+cuda::AttentionArgs attention_args(const Problem& p) {
+  const auto rows = [](const Rows& x) {
+    const auto bytes = static_cast<std::int64_t>(size_of(x.dtype));
+    return cuda::AttentionArgs::Rows{x.data, x.page_stride / bytes, x.head_stride / bytes, x.slot_stride / bytes};
+  };
+  const auto near = [](std::optional<std::int64_t> keys) {
+    return static_cast<std::int32_t>(std::min<std::int64_t>(keys.value_or(cuda::kUnbounded), cuda::kUnbounded));
+  };
+  const DeviceBatch& lengths = p.on_device;
+  cuda::AttentionArgs args{
+      .q = rows(p.q),
+      .k = rows(p.k),
+      .v = rows(p.v),
+      .out = rows(p.out),
+      .dtype = p.q.dtype,
+      .num_q_heads = p.num_q_heads,
+      .num_kv_heads = p.num_kv_heads,
+      .head_dim = p.q.dim,
+      .head_dim_v = p.v.dim,
+      .batch = p.batch(),
+      .q_len = lengths.size > 0     ? lengths.max_q_len
+               : p.requests.empty() ? 0
+                                    : p.requests.front().q_len,
+      .kv_len = lengths.size > 0     ? lengths.max_kv_len
+                : p.requests.empty() ? 0
+                                     : p.requests.front().kv_len,
+      .cu_seqlens_q = lengths.cu_seqlens_q,
+      .cu_seqlens_k = lengths.cu_seqlens_k,
+      .seq_lens = lengths.seq_lens,
+      .block_table = lengths.block_table,
+      .table_stride = lengths.table_stride,
+      .page_size = p.page_size,
+      .num_pages = lengths.num_pages,
+      .lse = static_cast<float*>(p.lse),
+      .lse_page = p.lse_page_stride,
+      .lse_head = p.lse_head_stride,
+      .lse_slot = p.lse_slot_stride,
+      .sinks = p.sinks,
+      .scale = p.scale,
+      .softcap = p.softcap,
+      .schedule = p.schedule.kind,
+      .device = p.device.index,
+      .stream = p.stream.handle,
+  };
+  if (p.schedule.split_size > 0) {
+    throw Error(ErrorCode::kUnsupported, "schedule",
+                "split_size " + std::to_string(p.schedule.split_size) +
+                    "; allowed for many queries on sm90 is 0: a row tile reads all of its keys");
+  }
+  cuda::Pattern& pattern = args.pattern;
+  pattern.causal = p.causal;
+  pattern.left = near(p.window.left);
+  pattern.right = near(p.window.right);
+  const Selection::Kind& kind = p.selection->kind();
+  if (const auto* window = std::get_if<select::WindowGlobal>(&kind)) {
+    pattern.kind = cuda::PatternKind::kWindowGlobal;
+    pattern.select_left = near(window->window.left);
+    pattern.select_right = near(window->window.right);
+    pattern.num_global = near(window->n_global);
+  } else if (const auto* strided = std::get_if<select::Strided>(&kind)) {
+    pattern.kind = cuda::PatternKind::kStrided;
+    pattern.width = near(strided->width);
+    pattern.stride = near(strided->stride);
+  } else if (const auto* blocks = std::get_if<select::BlockMask>(&kind)) {
+    const TensorView& mask = blocks->mask;
+    const int rank = mask.rank;
+    pattern.kind = cuda::PatternKind::kBlockMask;
+    pattern.mask = mask.as<const bool>();
+    pattern.block_q = near(blocks->block_q);
+    pattern.block_k = near(blocks->block_k);
+    pattern.mask_rows = near(mask.shape[rank - 2]);
+    pattern.mask_cols = near(mask.shape[rank - 1]);
+    pattern.mask_row_stride = mask.strides[rank - 2];
+    pattern.mask_col_stride = mask.strides[rank - 1];
+    if (rank >= 3 && mask.shape[rank - 3] > 1) {
+      pattern.heads_per_mask = static_cast<std::int32_t>(p.num_q_heads / mask.shape[rank - 3]);
+      pattern.mask_head_stride = mask.strides[rank - 3];
+    }
+    if (rank == 4 && mask.shape[0] > 1) pattern.mask_batch_stride = mask.strides[0];
+  }
+  return args;
+}
+
+// Decode with so many query rows of a KV head that products bound it, not reads. The prefill kernel reads pages too, if
+// their elements are q's own.
+constexpr std::int64_t kPrefillRows = 129;
+bool is_prefill(const Problem& p) {
+  const bool tokens = std::holds_alternative<select::Tokens>(p.selection->kind());
+  const std::int64_t rows = p.on_device.max_q_len * p.group();
+  return p.k.dtype == p.q.dtype && !tokens && p.plan == nullptr && rows >= kPrefillRows && p.page_size % 8 == 0;
+}
 
 cuda::DecodeArgs decode_args(const Problem& p) {
   if (p.q.dim != p.v.dim) {
@@ -126,9 +218,24 @@ cuda::DecodeArgs decode_args(const Problem& p) {
 
 }  // namespace
 
-void decode(const Problem& problem) {
+std::int64_t decode_plan_bytes(const Problem& problem) { return cuda::decode_workspace_bytes(decode_args(problem)); }
+
+void plan_decode(const Problem& problem) {
   cuda::DecodeArgs args = decode_args(problem);
-  cuda::with_workspace(args.device, args.stream, cuda::decode_workspace_bytes(args), [&](void* workspace) {
+  args.workspace = problem.plan;
+  cuda::launch_decode_plan(args);
+}
+
+void attention(const Problem& problem) { cuda::launch_attention(attention_args(problem)); }
+
+void decode(const Problem& problem) {
+  if (is_prefill(problem)) return attention(problem);
+  cuda::DecodeArgs args = decode_args(problem);
+  if (problem.plan != nullptr) {
+    args.workspace = problem.plan;
+    return cuda::launch_decode(args);
+  }
+  cuda::with_workspace("decode", args.device, args.stream, cuda::decode_workspace_bytes(args), [&](void* workspace) {
     args.workspace = workspace;
     cuda::launch_decode_plan(args);
     cuda::launch_decode(args);

@@ -76,13 +76,21 @@ constexpr Features kHostFeatures = Features::all_but(
 // Best first within an operation.
 constexpr auto kRows = std::to_array<Row>({
 #if defined(HEDDLE_WITH_CUDA)
+    {Operation::kAttention,
+     Backend::kSm90,
+     {Feature::kCuda, Feature::kFloat16, Feature::kBFloat16, Feature::kPacked, Feature::kCausal, Feature::kWindow,
+      Feature::kGlobalTokens, Feature::kStrided, Feature::kBlockMask, Feature::kSoftcap, Feature::kSinks,
+      Feature::kLse},
+     sm90::available,
+     sm90::attention},
     {Operation::kDecode,
      Backend::kSm90,
      {Feature::kCuda, Feature::kFloat16, Feature::kBFloat16, Feature::kInt8, Feature::kFloat8, Feature::kMixedDTypes,
       Feature::kPaged, Feature::kCausal, Feature::kWindow, Feature::kGlobalTokens, Feature::kTokenLists,
       Feature::kSoftcap, Feature::kSinks, Feature::kLse, Feature::kPartitionScales, Feature::kQuantizedQueries},
      sm90::available,
-     sm90::decode},
+     sm90::decode,
+     {sm90::decode_plan_bytes, sm90::plan_decode}},
     {Operation::kMerge,
      Backend::kSm90,
      {Feature::kCuda, Feature::kFloat32, Feature::kFloat16, Feature::kBFloat16, Feature::kLse},

@@ -27,7 +27,10 @@ void merge(const MergeProblem& problem);
 // Defined in builds with CUDA (HEDDLE_WITH_CUDA).
 namespace sm90 {
 bool available();  // a visible GPU of this architecture
-void decode(const Problem& problem);
+void attention(const Problem& problem);
+void decode(const Problem& problem);  // plans by itself, unless problem.plan is given
+std::int64_t decode_plan_bytes(const Problem& problem);
+void plan_decode(const Problem& problem);
 void merge(const MergeProblem& problem);
 }  // namespace sm90
 

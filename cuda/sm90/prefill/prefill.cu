@@ -190,25 +190,26 @@ void launch_attention(const AttentionArgs& args) {
     list_words = std::int64_t{list.words} * list.row_tiles * list.requests * list.heads;
   }
   const std::int64_t plan_words = packed ? 2 * args.batch + 2 : 0;
-  with_workspace("attention", args.device, args.stream, kZeroedBytes + 4 * plan_words + 8 * list_words + 8, [&](void* at) {
-    auto* memory = static_cast<std::byte*>(at);
-    schedule.done = reinterpret_cast<std::int32_t*>(memory);
-    schedule.taken = schedule.done + 1;
-    if (packed) {
-      auto* plan = reinterpret_cast<std::int32_t*>(memory + kZeroedBytes);
-      prefill_plan_kernel<<<1, kPlanThreads, 0, stream>>>(args.cu_seqlens_q, args.cu_seqlens_k, params.batch,
-                                                          schedule.queries_per_tile, static_cast<int>(heads), plan,
-                                                          plan + args.batch);
-      check(cudaGetLastError(), "attention");
-      schedule.order = plan;
-      schedule.first_item = plan + args.batch;
-    }
-    if (needs_bits) {
-      list.bits = reinterpret_cast<uint2*>(memory + kZeroedBytes + ceil_div(4 * plan_words, 8) * 8);
-      variant.make_worklist(params, stream);
-    }
-    variant.launch(params, grid, stream);
-  });
+  with_workspace(
+      "attention", args.device, args.stream, kZeroedBytes + 4 * plan_words + 8 * list_words + 8, [&](void* at) {
+        auto* memory = static_cast<std::byte*>(at);
+        schedule.done = reinterpret_cast<std::int32_t*>(memory);
+        schedule.taken = schedule.done + 1;
+        if (packed) {
+          auto* plan = reinterpret_cast<std::int32_t*>(memory + kZeroedBytes);
+          prefill_plan_kernel<<<1, kPlanThreads, 0, stream>>>(args.cu_seqlens_q, args.cu_seqlens_k, params.batch,
+                                                              schedule.queries_per_tile, static_cast<int>(heads), plan,
+                                                              plan + args.batch);
+          check(cudaGetLastError(), "attention");
+          schedule.order = plan;
+          schedule.first_item = plan + args.batch;
+        }
+        if (needs_bits) {
+          list.bits = reinterpret_cast<uint2*>(memory + kZeroedBytes + ceil_div(4 * plan_words, 8) * 8);
+          variant.make_worklist(params, stream);
+        }
+        variant.launch(params, grid, stream);
+      });
 }
 
 }  // namespace heddle::cuda
