@@ -16,7 +16,7 @@ int device_count() noexcept;
 // major * 10 + minor of the device's compute capability, e.g. 90 for Hopper. Throws kDevice if there is no such device.
 int compute_capability(int device);
 
-// Memory of a device, zeroed. Both wait for the device. Throws kCapacity when it has not so much left.
+// Memory of a device, zeroed, also while a stream is being captured. Throws kCapacity when it has not so much left.
 void* allocate(std::int64_t bytes, int device);
 void release(void* memory, int device) noexcept;
 void synchronize(int device);  // waits for all work of the device

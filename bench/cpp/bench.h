@@ -34,6 +34,7 @@ void register_cases();  // cases.cpp
 void register_merge();  // merge.cpp
 #if defined(HEDDLE_WITH_CUDA)
 void register_cuda_append();
+void register_cuda_attention();
 void register_cuda_merge();  // cuda_merge.cu; nothing without a GPU
 #endif
 

@@ -1,6 +1,6 @@
 // cuda-append/<format>/b<batch>: KVCache::append of one token of each request, bf16, 8 KV heads, D 128, pages of 64.
-// "us" is one call that finds nothing in L2; "us_in_graph" is one of 32 in a row in a graph, as the layers of a model
-// run it: inputs that were just computed, no launch from the host.
+// "us" is one call that finds nothing in L2, not even its code; "us_empty" is a kernel without a body, timed likewise.
+// "us_in_graph" is one of 32 in a row in a graph, as the layers of a model run it: inputs that were just computed.
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -51,12 +51,19 @@ void append_tokens(benchmark::State& state, CacheFormat format, std::int64_t bat
 
   const CudaTimer timer;
   const double in_graph = median_of_20([&] { return timer.seconds([&] { check(cudaGraphLaunch(replay, nullptr)); }); });
+  const double empty = median_of_20([&] {
+    return timer.seconds([&] {
+      nothing_kernel<<<1, 32>>>();
+      check(cudaGetLastError());
+    });
+  });
   std::vector<double> seconds;
   for (auto _ : state) {
     seconds.push_back(timer.seconds([&] { append(nullptr); }));
     state.SetIterationTime(seconds.back());
   }
   state.counters["us"] = median_of(seconds) * 1e6;
+  state.counters["us_empty"] = empty * 1e6;
   state.counters["us_in_graph"] = in_graph / kCalls * 1e6;
   check(cudaGraphExecDestroy(replay));
   check(cudaGraphDestroy(graph));

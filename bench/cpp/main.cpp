@@ -49,6 +49,7 @@ int main(int argc, char** argv) {
   bench::register_merge();
 #if defined(HEDDLE_WITH_CUDA)
   bench::register_cuda_append();
+  bench::register_cuda_attention();
   bench::register_cuda_merge();
 #endif
   benchmark::Initialize(&argc, argv);

@@ -7,19 +7,27 @@
 
 namespace heddle::cuda {
 
+BesideCapture::BesideCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "stream"); }
+BesideCapture::~BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
 void* allocate(std::int64_t bytes, int device) {
   const DeviceScope scope(device);
+  const BesideCapture beside;
   void* memory = nullptr;
   const cudaError_t status = cudaMalloc(&memory, static_cast<std::size_t>(bytes));
   if (status == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();
-    throw Error(ErrorCode::kCapacity, "num_pages",
-                "device cuda:" + std::to_string(device) + " refused an allocation of " + std::to_string(bytes) +
-                    " bytes; allowed are fewer pages");
+    throw Error(ErrorCode::kCapacity, "device",
+                "cuda:" + std::to_string(device) + " refused an allocation of " + std::to_string(bytes) +
+                    " bytes; allowed are fewer or smaller caches");
   }
   check(status, "device");
-  check(cudaMemset(memory, 0, static_cast<std::size_t>(bytes)), "device");
-  check(cudaDeviceSynchronize(), "device");  // streams that do not wait for the default stream will use it
+  // Cleared on a stream of its own: whatever stream uses it, it is zero.
+  cudaStream_t own = nullptr;
+  check(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking), "device");
+  check(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(bytes), own), "device");
+  check(cudaStreamSynchronize(own), "device");
+  check(cudaStreamDestroy(own), "device");
   return memory;
 }
 

@@ -4,8 +4,8 @@
 #include <string>
 
 #include "core/kernels.h"
+#include "cuda/common/workspace.h"
 #include "cuda/launch.h"
-#include "cuda/sm90/workspace.h"
 #include "heddle/error.h"
 
 namespace heddle::sm90 {
@@ -126,9 +126,22 @@ cuda::DecodeArgs decode_args(const Problem& p) {
 
 }  // namespace
 
+std::int64_t decode_plan_bytes(const Problem& problem) { return cuda::decode_workspace_bytes(decode_args(problem)); }
+
+void decode_plan(const Problem& problem) {
+  cuda::DecodeArgs args = decode_args(problem);
+  args.workspace = problem.plan;
+  cuda::launch_decode_plan(args);
+}
+
 void decode(const Problem& problem) {
   cuda::DecodeArgs args = decode_args(problem);
-  cuda::with_workspace(args.device, args.stream, cuda::decode_workspace_bytes(args), [&](void* workspace) {
+  if (problem.plan != nullptr) {
+    args.workspace = problem.plan;
+    cuda::launch_decode(args);
+    return;
+  }
+  cuda::with_workspace("decode", args.device, args.stream, cuda::decode_workspace_bytes(args), [&](void* workspace) {
     args.workspace = workspace;
     cuda::launch_decode_plan(args);
     cuda::launch_decode(args);

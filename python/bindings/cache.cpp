@@ -95,9 +95,13 @@ void calibrate(SharedCache& self, py::object k_, py::object v_, py::object q_) {
 
 py::object decode(py::object q_, py::object cache_, py::object block_table_, py::object seq_lens_, py::object causal,
                   py::object window, py::object softcap, py::object scale, py::object sinks_, py::object selection,
-                  py::object return_lse, py::object out_, py::object backend, py::object schedule) {
+                  py::object return_lse, py::object out_, py::object backend, py::object schedule, py::object plan) {
   if (!py::isinstance<SharedCache>(cache_)) {
     check::fail(ErrorCode::kDType, "cache", check::text("got ", describe(cache_), "; allowed is heddle.KVCache"));
+  }
+  if (!plan.is_none() && !py::isinstance<DecodePlan>(plan)) {
+    check::fail(ErrorCode::kDType, "plan",
+                check::text("got ", describe(plan), "; allowed are None and what heddle.plan_decode makes"));
   }
   auto& shared = cache_.cast<SharedCache&>();
   const CacheConfig& config = shared.cache.config();
@@ -127,6 +131,7 @@ py::object decode(py::object q_, py::object cache_, py::object block_table_, py:
                             .scale = to_optional_float(scale, "scale"),
                             .sinks = sinks.view,
                             .selection = to_selection(selection),
+                            .plan = plan.is_none() ? nullptr : &plan.cast<const DecodePlan&>(),
                             .backend = to_backend(backend),
                             .schedule = to_schedule(schedule),
                             .stream = current_stream(q)};
@@ -143,6 +148,40 @@ py::object decode(py::object q_, py::object cache_, py::object block_table_, py:
     }
   }
   return lse.given() ? py::object(py::make_tuple(out.object, lse.object)) : out.object;
+}
+
+py::object plan_decode(py::object q_, py::object cache_, py::object block_table_, py::object seq_lens_,
+                       py::object causal, py::object window, py::object selection, py::object backend,
+                       py::object schedule, py::object plan) {
+  if (!py::isinstance<SharedCache>(cache_)) {
+    check::fail(ErrorCode::kDType, "cache", check::text("got ", describe(cache_), "; allowed is heddle.KVCache"));
+  }
+  if (plan.is_none()) {
+    plan = py::cast(DecodePlan());
+  } else if (!py::isinstance<DecodePlan>(plan)) {
+    check::fail(ErrorCode::kDType, "plan",
+                check::text("got ", describe(plan), "; allowed are None and what heddle.plan_decode makes"));
+  }
+  auto& shared = cache_.cast<SharedCache&>();
+  const Array q = array(q_, "q"), block_table = array(block_table_, "block_table"),
+              seq_lens = array(seq_lens_, "seq_lens");
+  const DecodeParams params{.q = q.view,
+                            .cache = &shared.cache,
+                            .block_table = block_table.view,
+                            .seq_lens = seq_lens.view,
+                            .causal = to_bool(causal, "causal"),
+                            .window = to_window(window),
+                            .selection = to_selection(selection),
+                            .backend = to_backend(backend),
+                            .schedule = to_schedule(schedule),
+                            .stream = current_stream(q)};
+  auto& made = plan.cast<DecodePlan&>();
+  {
+    const py::gil_scoped_release release;
+    const std::shared_lock reading(shared.mutex);
+    heddle::plan_decode(params, made);
+  }
+  return plan;
 }
 
 // A view of the storage, or None where the format has no such part.
@@ -267,7 +306,9 @@ Values beyond a scale saturate and are counted. HeddleValueError once the cache 
       .def_property_readonly("device",
                              [](const SharedCache& self) { return heddle::to_string(self.cache.config().device); })
       .def("__repr__", &repr);
+  py::class_<DecodePlan>(m, "DecodePlan", "What heddle.plan_decode makes; the argument `plan` of heddle.decode.");
   m.def("decode", &decode);
+  m.def("plan_decode", &plan_decode);
 }
 
 }  // namespace heddle::python

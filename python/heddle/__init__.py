@@ -8,8 +8,9 @@ decide the kind of arrays out: numpy arrays, torch tensors, and anything that sp
 import os
 
 from heddle import select
-from heddle._attention import attention, decode, merge
+from heddle._attention import attention, decode, merge, plan_decode
 from heddle._core import (
+    DecodePlan,
     KVCache,
     QuantizedTensor,
     Schedule,
@@ -40,6 +41,7 @@ os.register_at_fork(after_in_child=lambda: set_num_threads(1))
 
 __all__ = [
     "Advice",
+    "DecodePlan",
     "HeddleError",
     "HeddleNotImplementedError",
     "HeddleRuntimeError",
@@ -60,6 +62,7 @@ __all__ = [
     "last_kernel",
     "merge",
     "num_threads",
+    "plan_decode",
     "quantize",
     "select",
     "set_host_isa",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from heddle import _core
-from heddle._core import KVCache, Schedule, Selection
+from heddle._core import DecodePlan, KVCache, Schedule, Selection
 from heddle._errors import HeddleValueError, refuse
 from heddle._quantize import quantize_operands
 
@@ -71,7 +71,11 @@ def attention(
         out [B, Sq, Hq, Dv] (packed: [total_q, Hq, Dv]), an array of the kind and on the device of q, of q's dtype
         (float32 if q is a QuantizedTensor); with return_lse the pair of it and lse, float32 [B, Hq, Sq] (packed:
         [Hq, total_q]): the natural logarithm of each row's denominator. A row that sees no key gives 0 and lse -inf
-        (its sink, with sinks).
+        (its sink, with sinks). Rows of a packed batch that cu_seqlens does not reach are 0 (lse -inf) on the CPU, and
+        not written on a GPU.
+
+    CUDA tensors: the call is queued on the current stream and waits for nothing. cu_seqlens and token lists lie on the
+    same GPU and are not checked, unless heddle.set_validation(True).
 
     Raises:
         HeddleValueError: shapes, strides, devices or numbers that do not fit; .argument names which.
@@ -134,6 +138,7 @@ def decode(
     scale: float | None = None,
     sinks: Any = None,
     selection: Selection | None = None,
+    plan: DecodePlan | None = None,
     return_lse: bool = False,
     out: Any = None,
     backend: str | None = None,
@@ -147,6 +152,7 @@ def decode(
         block_table: int32 [B, max_pages]: token t of request b lies in page block_table[b, t // page_size]. Entries
             beyond a request's length may be anything.
         seq_lens: int32 [B]: tokens of each request, the new ones included.
+        plan: of plan_decode(), for the layers of a model to share; without it a call makes its own.
 
     The other arguments are those of attention(); positions are those of the request, so query i stands at
     seq_lens[b] - Sq + i.
@@ -154,6 +160,9 @@ def decode(
     Returns:
         out [B, Sq, Hq, Dv] of q's dtype, kind and device; with return_lse also lse, float32 [B, Hq, Sq]. A request of
         length 0 gives 0 and lse -inf.
+
+    With a cache on a GPU, q, block_table and seq_lens lie there too; the call is queued on the current stream, and
+    tables and lengths are not checked, unless heddle.set_validation(True).
 
     Raises:
         HeddleValueError: shapes or numbers that do not fit, lengths beyond the table (code "capacity"), page ids
@@ -175,7 +184,40 @@ def decode(
         out,
         backend,
         schedule,
+        plan,
     )
+
+
+def plan_decode(
+    q: Any,
+    cache: KVCache,
+    block_table: Any,
+    seq_lens: Any,
+    *,
+    causal: bool = True,
+    window: Window | None = None,
+    selection: Selection | None = None,
+    backend: str | None = None,
+    schedule: str | Schedule | None = None,
+    plan: DecodePlan | None = None,
+) -> DecodePlan:
+    """Works out who reads which keys, once for all layers of a step.
+
+    The arguments are those of the decode() calls to come; of q only shape, dtype and device count. On a GPU the plan is
+    made there, from seq_lens as it is when the current stream gets to it: a captured step plans anew at every replay.
+    The CPU plans in decode() itself.
+
+    Args:
+        plan: an earlier plan, whose memory is used again. Calls with it must be over.
+
+    Returns:
+        The plan, for decode(..., plan=plan) with the same backend, shapes, masks, schedule and array of lengths, one
+        call at a time. Graphs that captured it need it alive.
+
+    Raises:
+        As decode(). decode() raises HeddleValueError for a plan of another call.
+    """
+    return _core.plan_decode(q, cache, block_table, seq_lens, causal, window, selection, backend, schedule, plan)
 
 
 def merge(outs: Any, lses: Any, *, backend: str | None = None) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <cuda_runtime_api.h>
 #include <stdexcept>
 #include <string>
@@ -32,29 +33,42 @@ inline bool has_hopper() {
   if (!heddle::testing::has_hopper()) \
   GTEST_SKIP() << "needs a GPU of compute capability 9.0; CUDA devices here: " << heddle::cuda::device_count()
 
-// Copies of host memory on device 0, one after the other in one allocation that is NaN around and between them, and a
-// stream to work on.
+// Copies of host memory on a device, one after the other in one allocation that is NaN around and between them, and a
+// stream to work on. On the CPU too, so that tests of kernels can be tested without a GPU.
 class DeviceArena {
  public:
-  explicit DeviceArena(std::size_t bytes) : bytes_(bytes) {
-    cuda_ok(cudaMalloc(&base_, bytes), "cudaMalloc");
-    cuda_ok(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
-    clear();
+  explicit DeviceArena(std::size_t bytes, Device device = {DeviceType::kCuda, 0}) : bytes_(bytes), device_(device) {
+    if (on_cpu()) {
+      host_.assign(bytes, std::byte{0xff});
+      base_ = host_.data();
+    } else {
+      cuda_ok(cudaMalloc(&base_, bytes), "cudaMalloc");
+      cuda_ok(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+      cuda_ok(cudaMemsetAsync(base_, 0xff, bytes_, stream_), "cudaMemset");
+    }
   }
   ~DeviceArena() {
+    if (on_cpu()) return;
     cudaStreamDestroy(stream_);
     cudaFree(base_);
   }
   DeviceArena(const DeviceArena&) = delete;
   DeviceArena& operator=(const DeviceArena&) = delete;
 
-  static constexpr Device device() { return {DeviceType::kCuda, 0}; }
+  Device device() const { return device_; }
+  bool on_cpu() const { return device_.type == DeviceType::kCpu; }
   Stream stream() const { return {stream_}; }
-  void wait() const { cuda_ok(cudaStreamSynchronize(stream_), "kernel"); }
+  void wait() const {
+    if (!on_cpu()) cuda_ok(cudaStreamSynchronize(stream_), "kernel");
+  }
 
   // Forgets the copies.
   void clear() {
-    cuda_ok(cudaMemsetAsync(base_, 0xff, bytes_, stream_), "cudaMemset");
+    if (on_cpu()) {
+      std::memset(base_, 0xff, used_);
+    } else {
+      cuda_ok(cudaMemsetAsync(base_, 0xff, used_, stream_), "cudaMemset");
+    }
     used_ = 0;
   }
   std::byte* put(const void* from, std::size_t bytes) {
@@ -63,7 +77,12 @@ class DeviceArena {
     if (at + bytes + kApart > bytes_) throw std::runtime_error("the arena of device memory is too small");
     used_ = at + bytes;
     auto* to = static_cast<std::byte*>(base_) + at;
-    cuda_ok(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "upload");
+    if (bytes == 0) return to;
+    if (on_cpu()) {
+      std::memcpy(to, from, bytes);
+    } else {
+      cuda_ok(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "upload");
+    }
     return to;
   }
   // All memory of a tensor, guards and gaps included; the view of the copy.
@@ -81,7 +100,20 @@ class DeviceArena {
     view.device = device();
     return view;
   }
+  // Writes host memory over the copy `view` of a tensor.
+  void set(const std::byte* from, const TensorView& view, const Tensor& x) const {
+    auto* to = view.as<std::byte>() - (x.view.as<std::byte>() - x.memory.data());
+    if (on_cpu()) {
+      std::memcpy(to, from, x.memory.size());
+    } else {
+      cuda_ok(cudaMemcpyAsync(to, from, x.memory.size(), cudaMemcpyHostToDevice, stream_), "upload");
+    }
+  }
   void get(void* to, const void* from, std::size_t bytes) const {
+    if (on_cpu()) {
+      std::memcpy(to, from, bytes);
+      return;
+    }
     cuda_ok(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_), "download");
     wait();
   }
@@ -91,15 +123,17 @@ class DeviceArena {
   }
 
  private:
+  std::vector<std::byte> host_;
   void* base_ = nullptr;
   std::size_t bytes_, used_ = 0;
+  Device device_;
   cudaStream_t stream_ = nullptr;
 };
 
 // A copy of a host cache in an arena.
 inline KVCache device_copy(const KVCache& cache, DeviceArena& arena) {
   CacheConfig config = cache.config();
-  config.device = DeviceArena::device();
+  config.device = arena.device();
   return KVCache(config, {.k = arena.put(cache.k()),
                           .v = arena.put(cache.v()),
                           .k_scale = arena.put(cache.k_scale()),

@@ -25,12 +25,17 @@
 namespace heddle::testing {
 namespace {
 
-constexpr Backend kBackend = Backend::kSm90;
-constexpr std::size_t kArenaBytes = std::size_t{192} << 20;
+// Who is tested. The host: a test of this test.
+struct Target {
+  Backend backend;
+  Device device;
+};
+constexpr Target kGpu{Backend::kSm90, {DeviceType::kCuda, 0}}, kCpu{Backend::kHost, {}};
+constexpr std::size_t kArenaBytes = std::size_t{512} << 20;
 
-bool offered(Op op) {
+bool offered(const Target& target, Op op) {
   try {
-    find_row(op == Op::kAttention ? Operation::kAttention : Operation::kDecode, kBackend, {});
+    find_row(op == Op::kAttention ? Operation::kAttention : Operation::kDecode, target.backend, {});
     return true;
   } catch (const Error&) {
     return false;
@@ -103,13 +108,13 @@ DType probability_dtype(const Case& c) {
 enum class Outcome : std::uint8_t { kRight, kRefused, kWrong };
 
 // Runs a case twice, by two schedules. `why` says what is wrong.
-Outcome run_case(const Case& c, DeviceArena& arena, std::string& why) {
+Outcome run_case(const Target& target, const Case& c, DeviceArena& arena, std::string& why) {
   const Sample sample(c);
   arena.clear();
   const auto place = [&](const Tensor& x) { return arena.put(x); };
   const auto refused = [&](auto&& params, Operation operation) {
     try {
-      find_row(operation, kBackend, features_of(problem_of(params)));
+      find_row(operation, target.backend, features_of(problem_of(params)));
       return false;
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kUnsupported) throw;
@@ -126,7 +131,7 @@ Outcome run_case(const Case& c, DeviceArena& arena, std::string& why) {
   const auto call = [&](auto params, auto&& function, Output& to, ScheduleKind schedule) {
     params.out = arena.put(to.out);
     if (c.lse) params.lse = arena.put(to.lse);
-    params.backend = kBackend;
+    params.backend = target.backend;
     params.schedule.kind = schedule;
     params.stream = arena.stream();
     function(params);
@@ -170,90 +175,319 @@ Outcome run_case(const Case& c, DeviceArena& arena, std::string& why) {
     if (!both(sample.decode(place, &cache), [](const DecodeParams& p) { decode(p); }, Operation::kDecode))
       return Outcome::kRefused;
   }
-  why = judge->failure("sm90", output);
+  why = judge->failure(std::string(to_string(target.backend)), output);
   if (why.empty() && (again.out.memory != output.out.memory || again.lse.memory != output.lse.memory)) {
-    why = "sm90: other bits with another schedule";
+    why = std::string(to_string(target.backend)) + ": other bits with another schedule";
   }
   return why.empty() ? Outcome::kRight : Outcome::kWrong;
 }
 
-struct Tally {
-  std::atomic<std::uint64_t> tried{0}, right[2]{}, refused[2]{};
-  std::atomic<int> wrong{0};
-  std::atomic<bool> stop{false};
-  std::mutex mutex;  // of the report
+struct Options {
+  std::uint64_t cases = environment("HEDDLE_FUZZ_CASES", 5000), seed = environment("HEDDLE_FUZZ_SEED", 1);
+  std::uint64_t threads = environment("HEDDLE_FUZZ_THREADS", std::max(1u, std::thread::hardware_concurrency()));
+  std::size_t arena_bytes = kArenaBytes;
 };
 
-TEST(CudaFuzz, RandomConfigurations) {
-  NEEDS_HOPPER();
+// Random cases until so many were right, or too many were looked at.
+void fuzz(const Target& target, const Options& options) {
   const char* only = std::getenv("HEDDLE_FUZZ_OP");
   const char* line = std::getenv("HEDDLE_CASE");
   bool ops[2];
   for (const Op op : {Op::kAttention, Op::kDecode}) {
-    ops[static_cast<int>(op)] =
-        offered(op) && (only == nullptr || std::string(only) == (op == Op::kAttention ? "attention" : "decode"));
+    const std::string name = op == Op::kAttention ? "attention" : "decode";
+    ops[static_cast<int>(op)] = offered(target, op) && (only == nullptr || only == name);
   }
-  if (line == nullptr && !ops[0] && !ops[1]) GTEST_SKIP() << "the sm90 backend has no attention and no decode";
+  if (line == nullptr && !ops[0] && !ops[1]) GTEST_SKIP() << "the backend has no attention and no decode";
 
   constexpr int kEnough = 20;
-  const std::uint64_t wanted = environment("HEDDLE_FUZZ_CASES", 5000), seed = environment("HEDDLE_FUZZ_SEED", 1);
-  const std::uint64_t most = 40 * wanted;  // cases that are looked at
-  Tally tally;
+  const std::uint64_t most = 40 * options.cases;  // cases that are looked at
+  std::atomic<std::uint64_t> tried{0}, right[2]{}, refused[2]{};
+  std::atomic<bool> stop{false};
+  std::mutex reporting;
+  int wrong = 0;
   const auto try_case = [&](const Case& c, DeviceArena& arena) {
     std::string why;
     Outcome outcome = Outcome::kWrong;
     try {
-      outcome = run_case(c, arena, why);
+      outcome = run_case(target, c, arena, why);
     } catch (const std::exception& error) {
       why = std::string("threw: ") + error.what();
       // After a fault every call fails: the first of the threads' reports is the one to replay.
-      if (cudaPeekAtLastError() != cudaSuccess) tally.stop = true;
+      if (!arena.on_cpu() && cudaPeekAtLastError() != cudaSuccess) stop = true;
     }
-    if (outcome == Outcome::kRight) ++tally.right[static_cast<int>(c.op)];
-    if (outcome == Outcome::kRefused) ++tally.refused[static_cast<int>(c.op)];
+    if (outcome == Outcome::kRight) ++right[static_cast<int>(c.op)];
+    if (outcome == Outcome::kRefused) ++refused[static_cast<int>(c.op)];
     if (outcome != Outcome::kWrong) return;
-    const std::lock_guard lock(tally.mutex);
+    const std::lock_guard lock(reporting);
     ADD_FAILURE() << why << "\n  replay: HEDDLE_CASE=\"" << to_string(c) << "\" test_cuda_fuzz";
-    if (++tally.wrong == kEnough) tally.stop = true;
+    if (++wrong == kEnough) stop = true;
   };
 
   set_num_threads(1);  // of each thread here
-  if (line != nullptr) {
-    DeviceArena arena(kArenaBytes);
-    try_case(parse_case(line), arena);
-    EXPECT_EQ(tally.refused[0] + tally.refused[1], 0u) << "the backend does not run this case";
-    set_num_threads(0);
-    return;
-  }
-  const auto num_threads = environment("HEDDLE_FUZZ_THREADS", std::max(1u, std::thread::hardware_concurrency()));
-  std::vector<std::thread> threads;
-  for (std::uint64_t t = 0; t < num_threads; ++t) {
-    threads.emplace_back([&] {
-      try {
-        DeviceArena arena(kArenaBytes);
-        while (!tally.stop && tally.right[0] + tally.right[1] < wanted) {
-          const std::uint64_t n = tally.tried++;
-          if (n >= most) return;
-          const Case c = gpu_case(seed * 1'000'000'007 + n);
-          if (ops[static_cast<int>(c.op)]) try_case(c, arena);
-        }
-      } catch (const std::exception& error) {
-        const std::lock_guard lock(tally.mutex);
-        ADD_FAILURE() << error.what();
+  const auto work = [&] {
+    try {
+      DeviceArena arena(options.arena_bytes, target.device);
+      if (line != nullptr) return try_case(parse_case(line), arena);
+      while (!stop && right[0] + right[1] < options.cases) {
+        const std::uint64_t n = tried++;
+        if (n >= most) return;
+        const Case c = gpu_case(options.seed * 1'000'000'007 + n);
+        if (ops[static_cast<int>(c.op)]) try_case(c, arena);
       }
-    });
-  }
+    } catch (const std::exception& error) {
+      const std::lock_guard lock(reporting);
+      ADD_FAILURE() << error.what();
+    }
+  };
+  std::vector<std::thread> threads;
+  for (std::uint64_t t = 0; t < (line != nullptr ? 1 : options.threads); ++t) threads.emplace_back(work);
   for (std::thread& thread : threads) thread.join();
   set_num_threads(0);
-  std::cout << "attention: " << tally.right[0] << " right, " << tally.refused[0]
-            << " refused; decode: " << tally.right[1] << " right, " << tally.refused[1]
-            << " refused; wrong: " << tally.wrong << "\n";
+  std::cout << "attention: " << right[0] << " right, " << refused[0] << " refused; decode: " << right[1] << " right, "
+            << refused[1] << " refused; wrong: " << wrong << "\n";
+  if (line != nullptr) {
+    EXPECT_EQ(refused[0] + refused[1], 0u) << "the backend does not run this case";
+    return;
+  }
   for (const int op : {0, 1}) {
     // A table whose promises the kernels do not keep would refuse everything.
     if (!ops[op]) continue;
-    EXPECT_GE(20 * tally.right[op], std::min<std::uint64_t>(wanted, tally.right[op] + tally.refused[op]))
+    EXPECT_GE(20 * right[op], std::min<std::uint64_t>(options.cases, right[op] + refused[op]))
         << "too few ran of operation " << op;
   }
+}
+
+// A case placed once, to be called many times.
+class PlacedCase {
+ public:
+  PlacedCase(const Target& target, const Case& c, DeviceArena& arena)
+      : target_(target), sample_(c), arena_(arena), output_(sample_, c.q, DType::kFloat32) {
+    arena.clear();
+    const auto place = [&](const Tensor& x) { return arena.put(x); };
+    out_ = arena.put(output_.out);
+    if (c.lse) lse_ = arena.put(output_.lse);
+    if (c.op == Op::kAttention) {
+      attention_ = sample_.attention(place);
+    } else {
+      cache_.emplace(device_copy(sample_.cache(), arena));
+      decode_ = sample_.decode(place, &*cache_);
+    }
+  }
+  const Sample& sample() const { return sample_; }
+  DecodeParams decode_params() const { return finished(decode_); }
+
+  void enqueue(ScheduleKind schedule) const {
+    const bool is_decode = sample_.spec().op == Op::kDecode;
+    if (is_decode) {
+      DecodeParams p = finished(decode_);
+      p.schedule.kind = schedule;
+      decode(p);
+    } else {
+      AttentionParams p = finished(attention_);
+      p.schedule.kind = schedule;
+      attention(p);
+    }
+  }
+  // Runs, and returns whether the backend can.
+  bool works() const {
+    try {
+      enqueue(ScheduleKind::kAuto);
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kUnsupported) throw;
+      return false;
+    }
+    arena_.wait();
+    return true;
+  }
+  // What lies where the call writes, after it was cleared or as it is.
+  void clear() const {
+    arena_.set(output_.out.memory.data(), out_, output_.out);
+    if (lse_.given()) arena_.set(output_.lse.memory.data(), lse_, output_.lse);
+  }
+  std::vector<std::byte> bits() const {
+    Tensor out = output_.out, lse = output_.lse;
+    out.view.data = out.memory.data() + (output_.out.view.as<std::byte>() - output_.out.memory.data());
+    arena_.get(out, out_);
+    if (!lse_.given()) return out.memory;
+    lse.view.data = lse.memory.data() + (output_.lse.view.as<std::byte>() - output_.lse.memory.data());
+    arena_.get(lse, lse_);
+    out.memory.insert(out.memory.end(), lse.memory.begin(), lse.memory.end());
+    return out.memory;
+  }
+
+ private:
+  template <class Params>
+  Params finished(Params p) const {
+    p.out = out_;
+    p.lse = lse_;
+    p.backend = target_.backend;
+    p.stream = arena_.stream();
+    return p;
+  }
+  Target target_;
+  Sample sample_;
+  DeviceArena& arena_;
+  Output output_;
+  TensorView out_, lse_;
+  AttentionParams attention_;
+  DecodeParams decode_;
+  std::optional<KVCache> cache_;
+};
+
+// Calls fn with `count` placed cases of an operation that the backend runs and `wanted` accepts.
+template <class Wanted, class Fn>
+void for_cases(const Target& target, Op op, int count, DeviceArena& arena, Wanted&& wanted, Fn&& fn) {
+  if (!offered(target, op)) return;
+  int found = 0;
+  for (std::uint64_t seed = 1; found < count && seed < 20'000; ++seed) {
+    const Case c = gpu_case(seed);
+    if (c.op != op || c.batch == 0 || c.q_len == 0 || c.q == DType::kInt8 || !wanted(c)) continue;
+    PlacedCase placed(target, c, arena);
+    if (!placed.works()) continue;
+    ++found;
+    SCOPED_TRACE("HEDDLE_CASE=\"" + to_string(c) + "\"");
+    fn(placed);
+    if (::testing::Test::HasFailure()) return;
+  }
+  EXPECT_EQ(found, count) << "too few cases that the backend runs";
+}
+
+bool is_long(const Case& c) { return c.kv_len >= 500; }
+
+void repeats_have_the_same_bits(const Target& target, int cases, std::uint64_t repeats) {
+  DeviceArena arena(kArenaBytes, target.device);
+  for (const Op op : {Op::kAttention, Op::kDecode}) {
+    for_cases(target, op, cases, arena, is_long, [&](const PlacedCase& placed) {
+      placed.clear();
+      placed.enqueue(ScheduleKind::kStealing);
+      const std::vector<std::byte> expected = placed.bits();
+      for (std::uint64_t n = 0; n < repeats; ++n) {
+        placed.clear();
+        placed.enqueue(ScheduleKind::kStealing);
+        ASSERT_TRUE(placed.bits() == expected) << "repeat " << n;
+      }
+    });
+  }
+}
+
+// With a fixed split size a request of a decode has the bits that it has alone.
+void requests_do_not_depend_on_their_batch(const Target& target, int cases) {
+  DeviceArena arena(kArenaBytes, target.device);
+  const auto wanted = [](const Case& c) {
+    return c.batch > 1 && c.split_size > 0 && c.kv_len >= 200 &&
+           (c.pattern == Pattern::kNone || c.pattern == Pattern::kWindow);
+  };
+  for_cases(target, Op::kDecode, cases, arena, wanted, [&](const PlacedCase& placed) {
+    placed.clear();
+    placed.enqueue(ScheduleKind::kAuto);
+    const std::vector<std::byte> together = placed.bits();
+    placed.clear();
+    for (std::int64_t b = 0; b < placed.sample().spec().batch; ++b) {
+      DecodeParams p = placed.decode_params();
+      for (TensorView* x : {&p.q, &p.block_table, &p.seq_lens, &p.out, &p.lse}) {
+        if (!x->given()) continue;
+        x->data = x->as<std::byte>() + b * x->strides[0] * static_cast<std::int64_t>(size_of(x->dtype));
+        x->shape[0] = 1;
+      }
+      decode(p);
+    }
+    EXPECT_TRUE(placed.bits() == together);
+  });
+}
+
+TEST(CudaFuzz, RandomConfigurations) {
+  NEEDS_HOPPER();
+  fuzz(kGpu, {});
+}
+
+TEST(CudaFuzz, RepeatsHaveTheSameBits) {
+  NEEDS_HOPPER();
+  repeats_have_the_same_bits(kGpu, 5, environment("HEDDLE_REPEATS", 1000));
+}
+
+TEST(CudaFuzz, RequestsDoNotDependOnTheirBatch) {
+  NEEDS_HOPPER();
+  requests_do_not_depend_on_their_batch(kGpu, 40);
+}
+
+// One capture, many replays; the lengths of a decode change between them.
+TEST(CudaFuzz, GraphsReplay) {
+  NEEDS_HOPPER();
+  DeviceArena arena(kArenaBytes);
+  const std::uint64_t replays = environment("HEDDLE_REPEATS", 1000) * 10;
+  const auto stream = static_cast<cudaStream_t>(arena.stream().handle);
+  for (const Op op : {Op::kAttention, Op::kDecode}) {
+    const auto wanted = [](const Case& c) { return is_long(c) && c.batch > 1 && c.pattern == Pattern::kNone; };
+    for_cases(kGpu, op, 1, arena, wanted, [&](const PlacedCase& placed) {
+      // Two sets of lengths, of which the second is shorter, and their bits.
+      std::vector<std::vector<std::int32_t>> lengths(2);
+      std::vector<std::vector<std::byte>> expected;
+      for (const Lengths& request : placed.sample().requests()) {
+        lengths[0].push_back(static_cast<std::int32_t>(request.kv_len));
+        lengths[1].push_back(static_cast<std::int32_t>(request.kv_len / 3));
+      }
+      const auto set_lengths = [&](std::uint64_t n) {
+        if (op == Op::kAttention) return;
+        const std::vector<std::int32_t>& set = lengths[n % 2];
+        cuda_ok(cudaMemcpyAsync(placed.decode_params().seq_lens.data, set.data(), set.size() * 4,
+                                cudaMemcpyHostToDevice, stream),
+                "lengths");
+      };
+      for (const std::uint64_t n : {0, 1}) {
+        set_lengths(n);
+        placed.clear();
+        placed.enqueue(ScheduleKind::kAuto);
+        expected.push_back(placed.bits());
+      }
+      cudaGraph_t graph = nullptr;
+      cudaGraphExec_t replay = nullptr;
+      cuda_ok(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+      placed.enqueue(ScheduleKind::kAuto);
+      cuda_ok(cudaStreamEndCapture(stream, &graph), "capture");
+      cuda_ok(cudaGraphInstantiate(&replay, graph, 0), "instantiate");
+      for (std::uint64_t n = 0; n < replays; ++n) {
+        set_lengths(n);
+        if (n % 16 == 0) placed.clear();
+        cuda_ok(cudaGraphLaunch(replay, stream), "launch");
+        ASSERT_TRUE(placed.bits() == expected[n % 2]) << "replay " << n;
+      }
+      cudaGraphExecDestroy(replay);
+      cudaGraphDestroy(graph);
+    });
+  }
+}
+
+// The test itself, with the host's backend in place of the GPU's: it accepts what is right ...
+TEST(FuzzHarness, AcceptsTheHost) {
+  if (std::getenv("HEDDLE_CASE") != nullptr) GTEST_SKIP() << "replaying a case";
+  fuzz(kCpu, {.cases = 150, .seed = 2, .threads = 2, .arena_bytes = std::size_t{96} << 20});
+}
+
+TEST(FuzzHarness, AcceptsTheHostsRepeats) {
+  set_num_threads(2);
+  repeats_have_the_same_bits(kCpu, 2, 3);
+  requests_do_not_depend_on_their_batch(kCpu, 10);
+  set_num_threads(0);
+}
+
+// ... and notices an output that is wrong, and one that was written to where it should not be.
+TEST(FuzzHarness, NoticesWhatIsWrong) {
+  const Case c = parse_case("B=2,Sq=5,Sk=70,Hq=4,Hkv=2,q=bf16,k=bf16,v=bf16,causal=1,gaps=1,seed=3");
+  const Sample sample(c);
+  const Judge judge(sample, DType::kBFloat16, DType::kBFloat16);
+  Output output(sample, DType::kBFloat16, DType::kFloat32);
+  output.run(sample, Backend::kHost, ScheduleKind::kAuto);
+  EXPECT_EQ(judge.failure("host", output), "");
+  const double x = output.out.get({1, 2, 3, 4});
+  output.out.set({1, 2, 3, 4}, x + 0.05);
+  EXPECT_NE(judge.failure("host", output).find("out element"), std::string::npos);
+  output.out.set({1, 2, 3, 4}, x);
+  const double lse = output.lse.get({1, 3, 2});
+  output.lse.set({1, 3, 2}, lse + 1e-3);
+  EXPECT_NE(judge.failure("host", output).find("lse element"), std::string::npos);
+  output.lse.set({1, 3, 2}, lse);
+  output.out.memory.back() = std::byte{0};
+  EXPECT_NE(judge.failure("host", output).find("outside"), std::string::npos);
 }
 
 }  // namespace

@@ -75,7 +75,7 @@ Shape random_shape(std::uint64_t seed) {
 class Pair {
  public:
   explicit Pair(const Shape& s)
-      : s_(s), random_(s.seed), layout_(s.seed + 1), host_(config({})), device_(config(DeviceArena::device())) {
+      : s_(s), random_(s.seed), layout_(s.seed + 1), host_(config({})), device_(config({DeviceType::kCuda, 0})) {
     // Any page for anybody, once.
     std::vector<std::int32_t> pages(static_cast<std::size_t>(s.batch * s.table_pages));
     std::iota(pages.begin(), pages.end(), 0);
@@ -326,7 +326,7 @@ TEST(CudaStore, AppendsInAGraph) {
                               .format = format,
                               .partition = format == CacheFormat::kInt8A ? 8 : 1};
     CacheConfig on_device = on_host;
-    on_device.device = DeviceArena::device();
+    on_device.device = arena.device();
     KVCache host(on_host), device(on_device);
     Random r(3);
     Tensor k(DType::kFloat32, {kBatch, 1, kHeads, kDim}, kPoison),

@@ -521,6 +521,11 @@ INSTANTIATE_TEST_SUITE_P(
         {"TokensBeyondRequest", ErrorCode::kValue, "indices",
          "token 4 at 0 of request 1, KV head 1; allowed are 0 to 3",
          [](D& c) { c.p.selection = Selection::tokens(c.int32({2, 2, 1}, {8, 8, 3, 4})); }},
+        {"PlanNotMade", ErrorCode::kValue, "plan", "not made yet",
+         [](D& c) {
+           static const DecodePlan plan;
+           c.p.plan = &plan;
+         }},
         {"Backend", ErrorCode::kUnsupported, "backend", "sm90", [](D& c) { c.p.backend = Backend::kSm90; }},
     }),
     test_name<D>);

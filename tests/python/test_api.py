@@ -491,3 +491,44 @@ def test_packed_rows_of_no_request_see_nothing():
     assert (out[4:] == 0).all()
     assert np.isfinite(lse[:, :4]).all()
     assert (lse[:, 4:] == -np.inf).all()
+
+
+def test_plans(rng, backend):
+    """A plan serves the calls that it was made for, and no others."""
+    cache = heddle.KVCache(8, 16, 2, 16, format="fp32")
+    table = np.arange(8, dtype=np.int32).reshape(2, 4)
+    k, v, q = normal(rng, 2, 50, 2, 16), normal(rng, 2, 50, 2, 16), normal(rng, 2, 1, 4, 16)
+    seq_lens = cache.append(k, v, table, np.zeros(2, np.int32))
+    window = heddle.select.window(9, n_global=2)
+    plan = heddle.plan_decode(q, cache, table, seq_lens, selection=window, backend=backend)
+    for _ in range(2):  # layers
+        out = heddle.decode(q, cache, table, seq_lens, selection=window, plan=plan, backend=backend)
+        expected = heddle.decode(q, cache, table, seq_lens, selection=window, backend=backend)
+        np.testing.assert_array_equal(out, expected)
+    same = heddle.select.window(9, n_global=2)
+    heddle.decode(q, cache, table, seq_lens, selection=same, plan=plan, return_lse=True, softcap=2.0, backend=backend)
+    for change in (
+        {"selection": None},
+        {"selection": heddle.select.window(8, n_global=2)},
+        {"causal": False},
+        {"window": 3},
+        {"schedule": heddle.Schedule("auto", 128)},
+        {"backend": "reference" if backend == "host" else "host"},
+    ):
+        options = {"selection": window, "backend": backend, **change}
+        with pytest.raises(heddle.HeddleValueError, match="plan: made for another call"):
+            heddle.decode(q, cache, table, seq_lens, plan=plan, **options)
+    for other in (
+        (q[:1], table[:1], seq_lens[:1]),
+        (q, table[:, :3], np.minimum(seq_lens, 40)),
+        (q, table, seq_lens.copy()),
+    ):
+        with pytest.raises(heddle.HeddleValueError, match="plan: made for another call"):
+            heddle.decode(other[0], cache, *other[1:], selection=window, plan=plan, backend=backend)
+    assert heddle.plan_decode(q, cache, table, seq_lens, backend=backend, plan=plan) is plan
+    heddle.decode(q, cache, table, seq_lens, plan=plan, backend=backend)
+    with pytest.raises(heddle.HeddleTypeError, match="plan"):
+        heddle.decode(q, cache, table, seq_lens, plan="plan", backend=backend)
+    with pytest.raises(heddle.HeddleValueError) as caught:
+        heddle.plan_decode(q, cache, table[:, :2], seq_lens, backend=backend)
+    assert caught.value.code == "capacity"

@@ -253,3 +253,42 @@ def test_decode(rng, table, format):
     assert seq_lens.tolist() == [50, 50, 50]
     torch.testing.assert_close(out.cpu(), expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("format", FORMATS[3:])
+def test_quality_is_the_hosts(rng, format):
+    """The same error of a quantized cache, within rounding, whoever decodes."""
+    table, zero = torch.arange(16, dtype=torch.int32).reshape(1, 16), torch.zeros(1, dtype=torch.int32)
+    k, v = (to_torch(normal(rng, 1, 1000, 2, 64)).bfloat16() for _ in range(2))
+    q = to_torch(normal(rng, 1, 16, 8, 64)).bfloat16()
+    exact = heddle.attention(q, k, v, causal=True, backend="reference").float()
+    errors = []
+    for device in ("cpu", "cuda"):
+        cache = heddle.KVCache(16, 64, 2, 64, format=format, device=device)
+        cache.calibrate(k.to(device), v.to(device), q.to(device))
+        seq_lens = cache.append(k.to(device), v.to(device), table.to(device), zero.to(device))
+        out = supported(heddle.decode, q.to(device), cache, table.to(device), seq_lens).cpu().float()
+        errors.append((torch.linalg.vector_norm(out - exact) / torch.linalg.vector_norm(exact)).item())
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+def test_a_plan_for_the_layers_of_a_step(rng, table):
+    """Made once a step and captured with it, it follows the lengths and gives the bits that decode gives alone."""
+    gpu = caches("bf16")[1]
+    table_gpu = table.cuda()
+    k = to_torch(normal(rng, 3, 60, 2, 64)).bfloat16().cuda()
+    q = to_torch(normal(rng, 3, 1, 8, 64)).bfloat16().cuda()
+    seq_lens = gpu.append(k, k, table_gpu, torch.zeros(3, dtype=torch.int32, device="cuda"))
+    expected = supported(heddle.decode, q, gpu, table_gpu, seq_lens)
+    plan = heddle.plan_decode(q, gpu, table_gpu, seq_lens)
+    for _ in range(3):
+        assert torch.equal(heddle.decode(q, gpu, table_gpu, seq_lens, plan=plan), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        heddle.plan_decode(q, gpu, table_gpu, seq_lens, plan=plan)
+        outs = [heddle.decode(q, gpu, table_gpu, seq_lens, plan=plan) for _ in range(3)]
+    for lengths in ([60, 60, 60], [1, 0, 60], [33, 59, 2]):
+        seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        expected = heddle.decode(q, gpu, table_gpu, seq_lens)
+        assert all(torch.equal(out, expected) for out in outs)

@@ -1,6 +1,7 @@
 // Attention of a few new tokens over a paged KV cache.
 #pragma once
 
+#include <memory>
 #include <optional>
 
 #include "heddle/backend.h"
@@ -10,6 +11,22 @@
 #include "heddle/tensor.h"
 
 namespace heddle {
+
+// What a backend works out from the lengths before it reads keys: who reads which. A step of a model has one for all
+// its layers. Used by one call at a time; on a device it keeps memory there, which graphs that captured it need too.
+class HEDDLE_API DecodePlan {
+ public:
+  DecodePlan();
+  ~DecodePlan();
+  DecodePlan(DecodePlan&&) noexcept;
+  DecodePlan& operator=(DecodePlan&&) noexcept;
+
+  struct State;
+  State& state() const noexcept { return *state_; }
+
+ private:
+  std::unique_ptr<State> state_;
+};
 
 // q [B, Sq, Hq, D], Sq >= 1 (speculative tokens, causal among themselves); out [B, Sq, Hq, Dv]; lse float32 [B, Hq,
 // Sq]. block_table int32 [B, max_pages]; seq_lens int32 [B], the new tokens included. Table entries beyond a request's
@@ -28,6 +45,7 @@ struct DecodeParams {
   std::optional<double> scale{};
   TensorView sinks{};  // optional, float32 [Hq]
   Selection selection{};
+  const DecodePlan* plan = nullptr;  // optional: of plan_decode() with this call's shapes, masks and lengths
 
   Backend backend = Backend::kAuto;
   Schedule schedule{};
@@ -35,5 +53,10 @@ struct DecodeParams {
 };
 
 HEDDLE_API void decode(const DecodeParams& params);
+
+// Makes `plan` the plan of decode(params), from the lengths as they are when it runs: on a device in the order of the
+// stream, so that a captured step plans anew at every replay. Outputs need not be given. Allocates when the plan needs
+// more memory than before. decode() without a plan makes its own.
+HEDDLE_API void plan_decode(const DecodeParams& params, DecodePlan& plan);
 
 }  // namespace heddle

@@ -12,6 +12,7 @@
 #include "core/front_end.h"
 #include "core/readable.h"
 #include "heddle/decode.h"
+#include "store/memory.h"
 
 namespace heddle {
 namespace {
@@ -496,9 +497,98 @@ void attention(const AttentionParams& params) {
   run(find_row(Operation::kAttention, params.backend, features_of(problem)), problem);
 }
 
+struct DecodePlan::State {
+  std::vector<std::int64_t> key;  // empty: not made yet
+  store::Memory memory;
+};
+
+DecodePlan::DecodePlan() : state_(std::make_unique<State>()) {}
+DecodePlan::~DecodePlan() = default;
+DecodePlan::DecodePlan(DecodePlan&&) noexcept = default;
+DecodePlan& DecodePlan::operator=(DecodePlan&&) noexcept = default;
+
+namespace {
+
+// All that a plan may depend on: who made it, shapes, what decides which keys are seen, and where the lengths lie.
+std::vector<std::int64_t> plan_key(const Problem& p, const Row& row, const TensorView& seq_lens) {
+  const auto address = [](const void* data) {
+    return static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(data));
+  };
+  std::vector<std::int64_t> key = {static_cast<std::int64_t>(row.backend),
+                                   p.batch(),
+                                   p.on_device.max_q_len,
+                                   p.requests.empty() ? 0 : p.requests.front().q_len,
+                                   p.on_device.max_kv_len,
+                                   p.num_q_heads,
+                                   p.num_kv_heads,
+                                   p.q.dim,
+                                   p.v.dim,
+                                   p.page_size,
+                                   static_cast<std::int64_t>(p.q.dtype),
+                                   static_cast<std::int64_t>(p.k.dtype),
+                                   p.k.partition,
+                                   p.causal,
+                                   p.window.left.value_or(-1),
+                                   p.window.right.value_or(-1),
+                                   static_cast<std::int64_t>(p.schedule.kind),
+                                   p.schedule.split_size,
+                                   address(seq_lens.data),
+                                   static_cast<std::int64_t>(p.selection->kind().index())};
+  if (const auto* window = std::get_if<select::WindowGlobal>(&p.selection->kind())) {
+    key.insert(key.end(), {window->window.left.value_or(-1), window->window.right.value_or(-1), window->n_global});
+  }
+  if (const auto* strided = std::get_if<select::Strided>(&p.selection->kind())) {
+    key.insert(key.end(), {strided->width, strided->stride});
+  }
+  if (const auto* mask = std::get_if<select::BlockMask>(&p.selection->kind())) {
+    key.insert(key.end(), {address(mask->mask.data), mask->block_q, mask->block_k});
+  }
+  if (const auto* tokens = std::get_if<select::Tokens>(&p.selection->kind())) {
+    key.insert(key.end(), {address(tokens->indices.data), address(tokens->lengths.data)});
+  }
+  return key;
+}
+
+}  // namespace
+
+void plan_decode(const DecodeParams& params, DecodePlan& plan) {
+  DecodeParams with_outputs = params;
+  if (!params.out.given() && params.cache != nullptr && params.q.rank == 4) {
+    // Of the right shape; a plan writes none.
+    const auto& shape = params.q.shape;
+    with_outputs.out = TensorView(params.q.data, params.q.dtype,
+                                  {shape[0], shape[1], shape[2], params.cache->config().head_dim_v}, params.q.device);
+  }
+  Problem problem = problem_of(with_outputs);
+  const Row& row = find_row(Operation::kDecode, params.backend, features_of(problem));
+  DecodePlan::State& state = plan.state();
+  std::vector<std::int64_t> key = plan_key(problem, row, params.seq_lens);
+  if (row.plan.run != nullptr) {
+    const std::int64_t bytes = row.plan.bytes(problem);
+    if (state.memory.bytes() < bytes || state.memory.device() != problem.device) {
+      state.key.clear();
+      state.memory = store::Memory(bytes, problem.device);
+    }
+    problem.plan = state.memory.as<void>();
+    row.plan.run(problem);
+  }
+  state.key = std::move(key);
+}
+
 void decode(const DecodeParams& params) {
   Problem problem = problem_of(params);
   const Row& row = find_row(Operation::kDecode, params.backend, features_of(problem));
+  if (params.plan != nullptr) {
+    const DecodePlan::State& plan = params.plan->state();
+    if (plan.key != plan_key(problem, row, params.seq_lens)) {
+      check::fail(ErrorCode::kValue, "plan",
+                  plan.key.empty()
+                      ? "not made yet; allowed is one that plan_decode() made"
+                      : "made for another call; allowed is one of the same backend, shapes, masks, schedule "
+                        "and arrays of lengths");
+    }
+    problem.plan = plan.memory.as<void>();
+  }
   KVCache& cache = *params.cache;
   if (cache.q_scale().given() && params.q.numel() > 0) {
     if (!cache.q_calibrated()) cache.calibrate_q(params.q, params.stream);

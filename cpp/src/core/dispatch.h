@@ -80,6 +80,12 @@ struct Row {
   Features features;
   bool (*available)();
   Run run;
+  // Backends that plan a decode on their own: the bytes that its plan takes, and the call that makes it in
+  // Problem::plan.
+  struct Plan {
+    std::int64_t (*bytes)(const Problem&) = nullptr;
+    void (*run)(const Problem&) = nullptr;
+  } plan{};
 };
 
 Features features_of(const Problem& problem);

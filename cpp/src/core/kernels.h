@@ -28,6 +28,8 @@ void merge(const MergeProblem& problem);
 namespace sm90 {
 bool available();  // a visible GPU of this architecture
 void decode(const Problem& problem);
+std::int64_t decode_plan_bytes(const Problem& problem);
+void decode_plan(const Problem& problem);
 void merge(const MergeProblem& problem);
 }  // namespace sm90
 

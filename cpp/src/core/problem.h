@@ -88,6 +88,7 @@ struct Problem {
   float q_static_scale = 0.0f;
   const float* q_static_scale_on_device = nullptr;
 
+  void* plan = nullptr;  // decode: the memory of a plan that a row's plan function made; null: the kernel plans itself
   Schedule schedule;
   Device device;
   Stream stream;

@@ -126,14 +126,18 @@ struct KVCache::State {
   Memory k, v, norms, k_scale, v_scale, q_scale, saturation;
   bool holds_tokens = false;
   // On a device, whose scales the host does not read: whether they are set.
-  bool kv_set = false, q_set = false;
+  bool k_set = false, v_set = false, q_set = false;
   // Scratch of append, kept so that appending a token does not allocate.
   std::vector<Piece> pieces;
   std::vector<Claim> claims;
 
   // With `storage`, over the caller's memory.
   State(const CacheConfig& wanted, const CacheStorage* storage)
-      : config(checked(wanted)), dtype(info_of(config.format)->dtype), kv_set(storage != nullptr), q_set(kv_set) {
+      : config(checked(wanted)),
+        dtype(info_of(config.format)->dtype),
+        k_set(storage != nullptr),
+        v_set(k_set),
+        q_set(k_set) {
     const CacheConfig& c = config;
     const auto size = static_cast<std::int64_t>(size_of(dtype));
     const std::int64_t k_bytes = byte_count({c.num_pages, c.num_kv_heads, c.page_size, c.head_dim, size});
@@ -163,8 +167,13 @@ struct KVCache::State {
 
   // A static scale of 0 has not been calibrated yet: its tokens so far, if any, were all zero, which reads the same
   // under any scale.
-  bool needs_k_scale() const { return static_k() && (on_cpu() ? *k_scale.as<float>() == 0.0f : !kv_set); }
-  bool needs_v_scale() const { return static_v() && (on_cpu() ? *v_scale.as<float>() == 0.0f : !kv_set); }
+  bool needs_k_scale() const { return static_k() && (on_cpu() ? *k_scale.as<float>() == 0.0f : !k_set); }
+  bool needs_v_scale() const { return static_v() && (on_cpu() ? *v_scale.as<float>() == 0.0f : !v_set); }
+
+  void set_scale(Memory& scale, bool& set, float value, Stream stream) {
+    scale.write(value, stream);
+    set = value > 0.0f;
+  }
 
   // Row of (page, head, slot) in k, v or the norms, counted in rows.
   std::int64_t row(std::int64_t page, std::int64_t head, std::int64_t slot) const {
@@ -323,12 +332,11 @@ void KVCache::State::append_on_device(const TensorView& k_new, const TensorView&
       store::device_scale("v", v_new, dtype, token_limit, stream);
     }
   }
-  if (k_new.numel() > 0 && (needs_k_scale() || needs_v_scale())) {
-    const float k_static = static_k() ? store::device_scale("k", k_new, dtype, token_limit, stream) : 0.0f;
-    const float v_static = store::device_scale("v", v_new, dtype, token_limit, stream);
-    if (static_k()) k_scale.write(k_static, stream);
-    v_scale.write(v_static, stream);
-    kv_set = v_static > 0.0f && (k_static > 0.0f || !static_k());  // zeros read the same under any scale
+  if (const bool for_k = needs_k_scale(), for_v = needs_v_scale(); k_new.numel() > 0 && (for_k || for_v)) {
+    const float k_static = for_k ? store::device_scale("k", k_new, dtype, token_limit, stream) : 0.0f;
+    const float v_static = for_v ? store::device_scale("v", v_new, dtype, token_limit, stream) : 0.0f;
+    if (for_k) set_scale(k_scale, k_set, k_static, stream);
+    if (for_v) set_scale(v_scale, v_set, v_static, stream);
   }
   const CacheConfig& c = config;
   cuda::launch_append({.k = store::device_rows(k_new),
@@ -458,16 +466,14 @@ void KVCache::calibrate(const TensorView& k, const TensorView& v, const TensorVi
   const float k_scale = s.static_k() ? sample_scale("k", k, s.dtype, stream) : 0.0f;
   const float v_scale = s.static_v() ? sample_scale("v", v, s.dtype, stream) : 0.0f;
   if (q.given()) calibrate_q(q, stream);
-  if (s.static_k()) s.k_scale.write(k_scale, stream);
-  if (s.static_v()) s.v_scale.write(v_scale, stream);
-  s.kv_set = true;
+  if (s.static_k()) s.set_scale(s.k_scale, s.k_set, k_scale, stream);
+  if (s.static_v()) s.set_scale(s.v_scale, s.v_set, v_scale, stream);
 }
 
 void KVCache::calibrate_q(const TensorView& q, Stream stream) {
   State& s = *state_;
   check_sample("q", q, 0, s.config.head_dim, s.config.device);
-  if (s.static_q()) s.q_scale.write(sample_scale("q", q, DType::kInt8, stream), stream);
-  s.q_set = true;
+  if (s.static_q()) s.set_scale(s.q_scale, s.q_set, sample_scale("q", q, DType::kInt8, stream), stream);
 }
 
 void KVCache::append(const TensorView& k, const TensorView& v, const TensorView& block_table, const TensorView& start,

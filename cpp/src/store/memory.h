@@ -26,6 +26,7 @@ class Memory {
     return static_cast<T*>(data_);
   }
   std::int64_t bytes() const { return bytes_; }
+  Device device() const { return device_; }
 
   // The number at the beginning. On a device these wait: for all its work, and for the stream.
   template <class T>

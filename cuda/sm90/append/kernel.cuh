@@ -84,17 +84,35 @@ __device__ __forceinline__ Vec<T, N> load(const T* from) {
   return v;
 }
 
+// A row whose first access of every lane is under way before its place in the cache is known; all of it, if it is
+// short.
+template <class T, int N>
+struct Row {
+  const T* data;
+  std::int64_t dim;
+  Vec<T, N> first = Vec<T, N>::zero();
+
+  __device__ __forceinline__ Row(const T* data_, std::int64_t dim_, int lane) : data(data_), dim(dim_) {
+    if (lane * N < dim) first = load<T, N>(data + lane * N);
+  }
+  // Calls fn(d, elements d to d + N) for a lane's share.
+  template <class Fn>
+  __device__ __forceinline__ void each(int lane, Fn&& fn) const {
+    if (lane * N < dim) fn(std::int64_t{lane} * N, first);
+    for (std::int64_t d = (lane + kWarp) * N; d < dim; d += kWarp * N) fn(d, load<T, N>(data + d));
+  }
+};
+
 __device__ __forceinline__ std::uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
 // Bits of the largest magnitude of a row, given to all lanes.
 template <class T, int N>
-__device__ __forceinline__ std::uint32_t row_max_abs(const T* row, std::int64_t dim, int lane) {
+__device__ __forceinline__ std::uint32_t row_max_abs(const Row<T, N>& row, int lane) {
   std::uint32_t best = 0;
-  for (std::int64_t d = lane * N; d < dim; d += kWarp * N) {
-    const Vec<T, N> x = load<T, N>(row + d);
+  row.each(lane, [&](std::int64_t, const Vec<T, N>& x) {
 #pragma unroll
     for (int i = 0; i < N; ++i) best = max(best, magnitude_bits(to_float(x.elements[i])));
-  }
+  });
   return __reduce_max_sync(kAllLanes, best);
 }
 
@@ -106,12 +124,10 @@ __device__ __forceinline__ std::uint8_t round_to_int8(float t) {
 
 // Returns this lane's number of clamped values. 127.5 is a tie that would go to 128; 464 one that goes to 448.
 template <class T, int N>
-__device__ __forceinline__ int store_quantized(const T* row, std::int64_t dim, float scale, DType dtype, void* out,
-                                               int lane) {
+__device__ __forceinline__ int store_quantized(const Row<T, N>& row, float scale, DType dtype, void* out, int lane) {
   const float most = dtype == DType::kInt8 ? 127.5f : 464.0f;
   int clamped = 0;
-  for (std::int64_t d = lane * N; d < dim; d += kWarp * N) {
-    const Vec<T, N> x = load<T, N>(row + d);
+  row.each(lane, [&](std::int64_t d, const Vec<T, N>& x) {
     Bytes<N> q;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -125,47 +141,46 @@ __device__ __forceinline__ int store_quantized(const T* row, std::int64_t dim, f
       }
     }
     *reinterpret_cast<Bytes<N>*>(static_cast<std::uint8_t*>(out) + d) = q;
-  }
+  });
   return clamped;
 }
 
 template <class To, class T, int N>
-__device__ __forceinline__ void store_converted(const T* row, std::int64_t dim, void* out, int lane) {
-  for (std::int64_t d = lane * N; d < dim; d += kWarp * N) {
-    const Vec<T, N> x = load<T, N>(row + d);
+__device__ __forceinline__ void store_converted(const Row<T, N>& row, void* out, int lane) {
+  row.each(lane, [&](std::int64_t d, const Vec<T, N>& x) {
     float values[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) values[i] = to_float(x.elements[i]);
     Vec<To, N>::from_floats(values).store(static_cast<To*>(out) + d);
-  }
+  });
 }
 
-// A row in the cache's format, by a scale where it has one. Returns this lane's number of clamped values.
+// A row in the cache's format, by `scale` where it has one. Returns this lane's number of clamped values.
 template <class T, int N>
-__device__ __forceinline__ int store_row(const AppendArgs& args, const T* row, std::int64_t dim, const float* scale,
-                                         void* pages, std::int64_t to, int lane) {
+__device__ __forceinline__ int store_row(const Row<T, N>& row, DType dtype, float scale, void* pages, std::int64_t to,
+                                         int lane) {
   std::uint8_t* const out = static_cast<std::uint8_t*>(pages);
-  switch (args.dtype) {
+  const std::int64_t at = to * row.dim;
+  switch (dtype) {
     case DType::kInt8:
-    case DType::kFloat8E4M3: return store_quantized<T, N>(row, dim, *scale, args.dtype, out + to * dim, lane);
-    case DType::kBFloat16: store_converted<__nv_bfloat16, T, N>(row, dim, out + to * dim * 2, lane); return 0;
-    case DType::kFloat16: store_converted<__half, T, N>(row, dim, out + to * dim * 2, lane); return 0;
-    default: store_converted<float, T, N>(row, dim, out + to * dim * 4, lane); return 0;
+    case DType::kFloat8E4M3: return store_quantized(row, scale, dtype, out + at, lane);
+    case DType::kBFloat16: store_converted<__nv_bfloat16>(row, out + at * 2, lane); return 0;
+    case DType::kFloat16: store_converted<__half>(row, out + at * 2, lane); return 0;
+    default: store_converted<float>(row, out + at * 4, lane); return 0;
   }
 }
 
 // |row|_2. The square of a float is exact in float64.
 template <class T, int N>
-__device__ __forceinline__ float row_norm(const T* row, std::int64_t dim, int lane) {
+__device__ __forceinline__ float row_norm(const Row<T, N>& row, int lane) {
   double sum = 0.0;
-  for (std::int64_t d = lane * N; d < dim; d += kWarp * N) {
-    const Vec<T, N> x = load<T, N>(row + d);
+  row.each(lane, [&](std::int64_t, const Vec<T, N>& x) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const double value = to_float(x.elements[i]);
       sum += value * value;
     }
-  }
+  });
   for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
   return static_cast<float>(sqrt(sum));
 }
@@ -173,7 +188,7 @@ __device__ __forceinline__ float row_norm(const T* row, std::int64_t dim, int la
 // The keys of the partition in which this token is the first new one. Returns this lane's number of clamped values.
 template <class T, int N>
 __device__ __forceinline__ int append_partition(const AppendArgs& args, const TokenPlace& place, std::int64_t head,
-                                                const T* row, int lane) {
+                                                const Row<T, N>& first, int lane) {
   const std::int64_t unit = args.partition, dim = args.k.dim;
   if (place.position < 0) return 0;
   const std::int64_t held = place.position - quotient(place.position, unit) * unit;  // tokens that it holds already
@@ -183,8 +198,9 @@ __device__ __forceinline__ int append_partition(const AppendArgs& args, const To
   const std::int64_t to = cache_row(args, place.batch, place.position, head);
   if (to < 0) return 0;
 
-  std::uint32_t bits = 0;
-  for (std::int64_t i = 0; i < n; ++i) bits = max(bits, row_max_abs<T, N>(row + i * args.k.token_stride, dim, lane));
+  const auto row = [&](std::int64_t i) { return Row<T, N>(first.data + i * args.k.token_stride, dim, lane); };
+  std::uint32_t bits = row_max_abs(first, lane);
+  for (std::int64_t i = 1; i < n; ++i) bits = max(bits, row_max_abs(row(i), lane));
   std::int8_t* const pages = static_cast<std::int8_t*>(args.k_pages);
   float* const at = args.k_scale + quotient(to, unit);
   float scale = __uint_as_float(bits) / kLargestInt8;
@@ -201,10 +217,9 @@ __device__ __forceinline__ int append_partition(const AppendArgs& args, const To
   }
   __syncwarp();  // every lane has read the scale
   if (lane == 0) *at = scale;
-  int clamped = 0;
-  for (std::int64_t i = 0; i < n; ++i) {
-    clamped +=
-        store_quantized<T, N>(row + i * args.k.token_stride, dim, scale, DType::kInt8, pages + (to + i) * dim, lane);
+  int clamped = store_quantized(first, scale, DType::kInt8, pages + to * dim, lane);
+  for (std::int64_t i = 1; i < n; ++i) {
+    clamped += store_quantized(row(i), scale, DType::kInt8, pages + (to + i) * dim, lane);
   }
   return clamped;
 }
@@ -222,24 +237,26 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
   const std::int64_t task = thread / kWarp;
   if (task >= rows.batch * rows.tokens * rows.heads) return;
   const std::int64_t token = quotient(task, rows.heads), head = task - token * rows.heads;
+  // What does not depend on the place comes first, so that all of it travels together.
+  const bool packed = args.cu_seqlens != nullptr;
+  const std::int64_t batch = packed ? 0 : quotient(token, rows.tokens), in_batch = token - batch * rows.tokens;
+  const Row<T, N> row(static_cast<const T*>(rows.data) + batch * rows.batch_stride + in_batch * rows.token_stride +
+                          head * rows.head_stride,
+                      rows.dim, lane);
+  const float* const scale_at = blockIdx.y == 1 ? args.v_scale : args.partition == 0 ? args.k_scale : nullptr;
+  const float scale = scale_at != nullptr ? *scale_at : 0.0f;
   const TokenPlace place = place_of(args, token, lane);
   if (place.batch < 0) return;
-  const std::int64_t batch = args.cu_seqlens == nullptr ? place.batch : 0;
-  const std::int64_t in_batch = args.cu_seqlens == nullptr ? place.index : token;
-  const T* const row = static_cast<const T*>(rows.data) + batch * rows.batch_stride + in_batch * rows.token_stride +
-                       head * rows.head_stride;
 
   int clamped = 0;
   if (blockIdx.y == 0 && args.partition > 0) {
-    clamped = append_partition<T, N>(args, place, head, row, lane);
+    clamped = append_partition(args, place, head, row, lane);
   } else {
     const std::int64_t to = cache_row(args, place.batch, place.position, head);
     if (to < 0) return;
-    if (blockIdx.y == 0) {
-      clamped = store_row<T, N>(args, row, rows.dim, args.k_scale, args.k_pages, to, lane);
-    } else {
-      clamped = store_row<T, N>(args, row, rows.dim, args.v_scale, args.v_pages, to, lane);
-      const float norm = row_norm<T, N>(row, rows.dim, lane);
+    clamped = store_row(row, args.dtype, scale, blockIdx.y == 0 ? args.k_pages : args.v_pages, to, lane);
+    if (blockIdx.y == 1) {
+      const float norm = row_norm(row, lane);
       if (lane == 0) args.value_norms[to] = norm;
     }
   }
@@ -263,7 +280,7 @@ __global__ void __launch_bounds__(kAppendThreads)
     const std::int64_t batch = quotient(token, tokens), in_batch = token - batch * tokens;
     const T* const row = static_cast<const T*>(rows.data) + batch * rows.batch_stride + in_batch * rows.token_stride +
                          head * rows.head_stride;
-    best = max(best, row_max_abs<T, N>(row, rows.dim, lane));
+    best = max(best, row_max_abs(Row<T, N>(row, rows.dim, lane), lane));
   }
   if (best > 0 && lane == 0) atomicMax(result, best);
 }

@@ -16,7 +16,7 @@ inline constexpr int kMergePartsPerGroup = 2 * kMergeUnroll;
 inline constexpr int kMergeMaxLanes = 32;
 // Few parts: loads of 16 bytes that a thread has in flight, 8 x 16 x 256 = 32 KB a block.
 inline constexpr int kMergeFew = 4, kMergeFewLoads = 8;
-inline constexpr int kMergeFewBlocksPerSm = 2;
+inline constexpr int kMergeFewBlocksPerSm = 3;
 // Parts, columns and blocks are counted in 32 bits, with room to step beyond the last.
 inline constexpr std::int64_t kMergeMaxCount = std::int64_t{1} << 30;
 

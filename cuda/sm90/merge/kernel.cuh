@@ -110,22 +110,35 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocksPerSm)
   }
 }
 
-// P: 2 or 4, at least num_parts. Vector i of the output is vector i % row_vectors of row i / row_vectors.
+// What divides the number of a vector of the output into its place: columns of a row, heads, tokens.
+struct MergeDivisors {
+  Divisor vectors, heads, seq;
+};
+
+// P: 2 or 4, at least num_parts. There are `total` vectors, fewer than 2^31.
 template <class T, int N, int P>
 __global__ void __launch_bounds__(kMergeThreads, kMergeFewBlocksPerSm)
-    merge_few_kernel(const __grid_constant__ MergeArgs args, std::int64_t row_vectors) {
+    merge_few_kernel(const __grid_constant__ MergeArgs args, const __grid_constant__ MergeDivisors by,
+                     std::uint32_t total) {
   constexpr int kVectors = kMergeFewLoads / P;
-  const std::int64_t total = args.batch * args.seq * args.heads * row_vectors;
-  const std::int64_t first = std::int64_t{blockIdx.x} * kVectors * kMergeThreads + threadIdx.x;
+  const std::uint32_t first = blockIdx.x * (kVectors * kMergeThreads) + threadIdx.x;
   const int num_parts = static_cast<int>(args.num_parts);
+  // Its column, in elements; `index` becomes its row.
+  const auto place = [&](std::uint32_t i, RowIndex& index) {
+    std::uint32_t column = i, row = by.vectors.divide(column), head = row, token = by.heads.divide(head), seq = token;
+    index.batch = by.seq.divide(seq);
+    index.seq = seq;
+    index.head = head;
+    return static_cast<std::int64_t>(column) * N;
+  };
 
   Vec<T, N> x[kVectors][P];
   float lse[kVectors][P];
 #pragma unroll
   for (int u = 0; u < kVectors; ++u) {
-    const std::int64_t i = first + u * kMergeThreads;
-    const std::int64_t row = quotient(i, row_vectors), column = (i - row * row_vectors) * N;
-    const RowIndex index = row_index(row, args);
+    const std::uint32_t i = first + u * kMergeThreads;
+    RowIndex index;
+    const std::int64_t column = place(i, index);
     const T* outs = static_cast<const T*>(args.outs) + index.offset(args.outs_stride) + column;
     const float* lses = args.lses + index.offset(args.lses_stride);
 #pragma unroll
@@ -137,24 +150,28 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeFewBlocksPerSm)
   }
 #pragma unroll
   for (int u = 0; u < kVectors; ++u) {
-    const std::int64_t i = first + u * kMergeThreads;
+    const std::uint32_t i = first + u * kMergeThreads;
     if (i >= total) return;
     SoftmaxState state;
 #pragma unroll
-    for (int p = 0; p < P; ++p) state.merge({lse[u][p], 1.0f});
-    const float reference = state.reference(), inverse = state.l == 0.0f ? 0.0f : 1.0f / state.l;
+    for (int p = 0; p < P; ++p) state.m = fmaxf(state.m, lse[u][p]);
+    const float reference = state.reference();
     float sum[N] = {};
 #pragma unroll
     for (int p = 0; p < P; ++p) {
       const float weight = expf(lse[u][p] - reference);
+      state.l += weight;
       // What a part without weight holds may be anything, and 0 times NaN is NaN.
+      if (weight != 0.0f) {
 #pragma unroll
-      for (int n = 0; n < N; ++n) sum[n] += weight != 0.0f ? weight * to_float(x[u][p].elements[n]) : 0.0f;
+        for (int n = 0; n < N; ++n) sum[n] += weight * to_float(x[u][p].elements[n]);
+      }
     }
+    const float inverse = state.l == 0.0f ? 0.0f : 1.0f / state.l;
 #pragma unroll
     for (int n = 0; n < N; ++n) sum[n] *= inverse;
-    const std::int64_t row = quotient(i, row_vectors), column = (i - row * row_vectors) * N;
-    const RowIndex index = row_index(row, args);
+    RowIndex index;
+    const std::int64_t column = place(i, index);
     Vec<T, N>::from_floats(sum).store(static_cast<T*>(args.out) + index.offset(args.out_stride) + column);
     if (args.lse != nullptr && column == 0) args.lse[index.offset(args.lse_stride)] = state.lse();
   }

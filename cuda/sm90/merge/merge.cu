@@ -7,30 +7,28 @@ namespace heddle::cuda {
 namespace {
 
 template <class T, int N, int P>
-void launch_few(const MergeArgs& args, std::int64_t blocks) {
-  merge_few_kernel<T, N, P>
-      <<<static_cast<unsigned>(blocks), kMergeThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(args, args.dim / N);
+void launch_few(const MergeArgs& args, std::int64_t total) {
+  constexpr std::int64_t kPerBlock = kMergeThreads * (kMergeFewLoads / P);
+  const MergeDivisors by{Divisor(args.dim / N), Divisor(args.heads), Divisor(args.seq)};
+  merge_few_kernel<T, N, P><<<static_cast<unsigned>((total + kPerBlock - 1) / kPerBlock), kMergeThreads, 0,
+                              static_cast<cudaStream_t>(args.stream)>>>(args, by, static_cast<std::uint32_t>(total));
+  check(cudaGetLastError(), "merge");
 }
 
 template <class T, int N>
 void launch(const MergeArgs& args) {
   const MergeShape shape = merge_shape(args.num_parts, args.dim / N);
   const std::int64_t rows = args.batch * args.seq * args.heads;
-  const bool few = args.num_parts <= kMergeFew;
-  const int few_parts = args.num_parts <= 2 ? 2 : kMergeFew;
-  const std::int64_t items = few ? rows * (args.dim / N) : rows;
-  const std::int64_t items_per_block = few ? kMergeThreads * (kMergeFewLoads / few_parts) : shape.rows_per_block;
-  const std::int64_t blocks = (items + items_per_block - 1) / items_per_block;
+  const std::int64_t blocks = (rows + shape.rows_per_block - 1) / shape.rows_per_block;
+  if (const std::int64_t total = rows * (args.dim / N); args.num_parts <= kMergeFew && total <= kMergeMaxCount) {
+    return args.num_parts <= 2 ? launch_few<T, N, 2>(args, total) : launch_few<T, N, kMergeFew>(args, total);
+  }
   if (args.num_parts > kMergeMaxCount || args.dim > kMergeMaxCount || blocks > kMergeMaxCount) {
     throw Error(ErrorCode::kShape, "outs",
                 std::to_string(args.num_parts) + " parts of " + std::to_string(rows) + " rows of " +
                     std::to_string(args.dim) + " elements given; the CUDA merge takes at most " +
                     std::to_string(kMergeMaxCount) + " parts, elements of a row, and blocks of " +
                     std::to_string(shape.rows_per_block) + " rows");
-  }
-  if (few) {
-    few_parts == 2 ? launch_few<T, N, 2>(args, blocks) : launch_few<T, N, kMergeFew>(args, blocks);
-    return check(cudaGetLastError(), "merge");
   }
   merge_kernel<T, N>
       <<<static_cast<unsigned>(blocks), kMergeThreads, 0, static_cast<cudaStream_t>(args.stream)>>>(args, shape);

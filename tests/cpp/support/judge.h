@@ -28,7 +28,8 @@ class Judge {
   // Why `output` (of a backend called `who`) is not the result, or an empty string: memory beside it was written, an
   // infinity or a number is wrong. Allowed is twice the error of the plain formula in the same dtypes, or, as that one
   // may be lucky when there are few values, one rounding of each probability and of the output; plus 1e-5. Where the
-  // oracle says NaN (a key that is seen holds it) anything goes.
+  // oracle says NaN (a key that is seen holds it) anything goes; so it does where an infinity is multiplied by a
+  // probability that its dtype rounds to 0.
   std::string failure(const std::string& who, const Output& output) const;
   // The same of the oracle itself, against the plain formula in float64.
   std::string oracle_failure() const;
@@ -37,7 +38,7 @@ class Judge {
   const Sample& sample_;
   DType probability_, out_dtype_;
   bool oracle_wrote_beside_ = false;
-  std::vector<Values> oracle_;
+  std::vector<Values> oracle_, expected_;
   std::vector<std::vector<double>> size_;  // of each request: what errors of rounded probabilities scale with
   double out_error_ = 0.0, lse_error_ = 0.0;
 };
