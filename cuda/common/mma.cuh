@@ -79,6 +79,13 @@ __device__ __forceinline__ bool any_not_finite(std::uint32_t x) {
   return (((x & kExponent) + kOne) & 0x80008000u) != 0;
 }
 
+// NaN if either is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -134,15 +134,6 @@ cuda::AttentionArgs attention_args(const Problem& p) {
   return args;
 }
 
-// Decode with so many query rows of a KV head that products bound it, not reads. The prefill kernel reads pages too, if
-// their elements are q's own.
-constexpr std::int64_t kPrefillRows = 129;
-bool is_prefill(const Problem& p) {
-  const bool tokens = std::holds_alternative<select::Tokens>(p.selection->kind());
-  const std::int64_t rows = p.on_device.max_q_len * p.group();
-  return p.k.dtype == p.q.dtype && !tokens && p.plan == nullptr && rows >= kPrefillRows && p.page_size % 8 == 0;
-}
-
 cuda::DecodeArgs decode_args(const Problem& p) {
   if (p.q.dim != p.v.dim) {
     throw Error(ErrorCode::kUnsupported, "cache",
@@ -220,7 +211,7 @@ cuda::DecodeArgs decode_args(const Problem& p) {
 
 std::int64_t decode_plan_bytes(const Problem& problem) { return cuda::decode_workspace_bytes(decode_args(problem)); }
 
-void plan_decode(const Problem& problem) {
+void decode_plan(const Problem& problem) {
   cuda::DecodeArgs args = decode_args(problem);
   args.workspace = problem.plan;
   cuda::launch_decode_plan(args);
@@ -229,11 +220,11 @@ void plan_decode(const Problem& problem) {
 void attention(const Problem& problem) { cuda::launch_attention(attention_args(problem)); }
 
 void decode(const Problem& problem) {
-  if (is_prefill(problem)) return attention(problem);
   cuda::DecodeArgs args = decode_args(problem);
   if (problem.plan != nullptr) {
     args.workspace = problem.plan;
-    return cuda::launch_decode(args);
+    cuda::launch_decode(args);
+    return;
   }
   cuda::with_workspace("decode", args.device, args.stream, cuda::decode_workspace_bytes(args), [&](void* workspace) {
     args.workspace = workspace;

@@ -90,7 +90,7 @@ constexpr auto kRows = std::to_array<Row>({
       Feature::kSoftcap, Feature::kSinks, Feature::kLse, Feature::kPartitionScales, Feature::kQuantizedQueries},
      sm90::available,
      sm90::decode,
-     {sm90::decode_plan_bytes, sm90::plan_decode}},
+     {sm90::decode_plan_bytes, sm90::decode_plan}},
     {Operation::kMerge,
      Backend::kSm90,
      {Feature::kCuda, Feature::kFloat32, Feature::kFloat16, Feature::kBFloat16, Feature::kLse},

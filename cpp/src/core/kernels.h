@@ -28,9 +28,9 @@ void merge(const MergeProblem& problem);
 namespace sm90 {
 bool available();  // a visible GPU of this architecture
 void attention(const Problem& problem);
-void decode(const Problem& problem);  // plans by itself, unless problem.plan is given
+void decode(const Problem& problem);
 std::int64_t decode_plan_bytes(const Problem& problem);
-void plan_decode(const Problem& problem);
+void decode_plan(const Problem& problem);
 void merge(const MergeProblem& problem);
 }  // namespace sm90
 

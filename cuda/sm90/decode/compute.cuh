@@ -27,8 +27,9 @@ class Math {
   using Product = typename Format::Product;
   static constexpr int kDim = Config::kDim, kColumns = Config::kColumns, kBlocks = Config::kBlocks;
   // Weights are kept as 2^kShift times what they are relative to the maximum: fp16 reaches from 2^-24 to 2^16.
-  static constexpr float kShift = std::is_same_v<Product, __half> ? 15.0f : 0.0f, kTiny = 0x1p-126f,
-                         kLeast = kShift > 0.0f ? 0x1p-24f : kTiny;
+  static constexpr float kShift = std::is_same_v<Product, __half> ? 15.0f : 0.0f;
+  static constexpr float kLowest = std::is_same_v<Product, __half> ? -24.0f : -126.0f;  // 2^kLowest is representable
+  static constexpr float kTiny = 0x1p-126f;
   static constexpr int kSteps = Format::kInt8 ? kDim / 32 : kDim / 16;  // of the product K Q^T
 
   __device__ Math(const Params& p, Shared& shared, int warp)
@@ -256,11 +257,10 @@ class Math {
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool seen = !(x[n][i] == -INFINITY);
-        x[n][i] = exp2_approx(x[n][i] - reference_[n][i % 2]);
-        sum_[n][i % 2] += x[n][i];
         // What is seen has a weight above 0: 0 times an infinite value would be NaN.
-        if (Format::kBytes == 2 && seen && x[n][i] < kLeast) x[n][i] = kLeast;
+        const float weight = exp2_approx(max_or_nan(x[n][i] - reference_[n][i % 2], kLowest));
+        x[n][i] = masked && x[n][i] == -INFINITY ? 0.0f : weight;
+        sum_[n][i % 2] += x[n][i];
       }
       // From rows of keys to columns of keys: the right operand of V^T P^T.
       p[n][0] = transpose_matrix(pack<Product>(x[n][0], x[n][1]));

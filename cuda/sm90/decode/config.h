@@ -39,6 +39,8 @@ constexpr int row_pitch(int row_bytes) { return row_bytes / 16 % 2 == 1 ? row_by
 
 // What starting and ending a unit costs beside its keys, in granules of 16 keys of 16-bit elements.
 inline constexpr int kOverheadGranules = 4;
+// The shortest chunk that may be stolen, in such granules.
+inline constexpr int kMinChunkGranules = 16;
 
 inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 

@@ -64,8 +64,10 @@ Params params_of(const DecodeArgs& a) {
   p.shape.entries = listed ? a.batch * a.num_kv_heads : a.batch;
   p.shape.units_per_entry = listed ? p.row_tiles : p.num_kv_heads * p.row_tiles;
   p.shape.ctas = multiprocessors(a.device);
-  p.shape.overhead = a.cache_dtype == a.dtype ? decode::kOverheadGranules : 2 * decode::kOverheadGranules;
+  const bool wide = a.cache_dtype == a.dtype;  // 8-bit items take as long to start and end, but half as long to read
+  p.shape.overhead = (wide ? 1 : 2) * decode::kOverheadGranules;
   p.shape.split_keys = clamp(ceil_div(a.schedule.split_size, decode::kTileKeys) * decode::kTileKeys);
+  if (p.shape.split_keys == 0) p.shape.min_chunk = (wide ? 1 : 4) * decode::kMinChunkGranules;
   p.stealing = a.schedule.kind == ScheduleKind::kAuto || a.schedule.kind == ScheduleKind::kStealing;
   if (p.shape.split_keys > 0) {
     p.max_splits = std::max<std::int64_t>(1, ceil_div(listed ? a.num_tokens : a.max_kv_len, p.shape.split_keys));

@@ -79,12 +79,13 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const __grid_cons
   if (thread == 0) starts[entries] = total;
   __syncthreads();
 
+  const Cut cut(p.shape, total);
   const int chunks = p.shape.chunks();
   for (int c = thread; c <= chunks; c += kPlanThreads) {
-    places[c] = place_at(p.shape, starts, c < chunks ? chunk_start(p.shape, total, c) : total, keys_of);
+    places[c] = place_at(p.shape, starts, cut.start(c), keys_of);
   }
   __syncthreads();
-  const int per_cta = chunks_per_share(p.shape, total);
+  const int per_cta = cut.per_cta;
   for (int c = thread; c < chunks; c += kPlanThreads) {
     Chunk chunk = chunk_at(p.shape, places, c, per_cta);
     const std::int64_t entry = chunk.begin.unit / static_cast<unsigned>(p.shape.units_per_entry);

@@ -22,10 +22,9 @@ inline constexpr int kMinPieceGranules = 4;  // a cut closer than this to an end
 inline constexpr int kUnbounded = 1 << 30;
 
 // Chunks of one CTA's queue: the first, three quarters of its share, is the CTA's own; each of the rest, which may be
-// stolen, is half as long as the one before (the last two are equal). So the last ones to start are short. None is
-// shorter than kMinChunkGranules; short shares are one chunk, since a steal would cost more than it evens out.
-inline constexpr int kQueueChunks = 8;
-inline constexpr int kMinChunkGranules = 8, kMinStealGranules = 192;
+// stolen, is half as long as the one before (the last two are equal). So the last ones to start are short, though not
+// shorter than min_chunk; shares below kMinStealChunks * min_chunk are one chunk, since every end of an item costs.
+inline constexpr int kQueueChunks = 8, kMinStealChunks = 12;
 
 // Which keys of a request some of its queries see: `globals` keys from global_first, then those from `first` to the
 // end.
@@ -64,6 +63,7 @@ struct PlanShape {
   std::int64_t entries = 0;
   int units_per_entry = 1;
   int ctas = 1;
+  int min_chunk = 1;   // of those that may be stolen, in granules
   int overhead = 0;    // what starting a unit costs, in granules
   int split_keys = 0;  // > 0: every split of a unit has this many keys, a multiple of a tile
 
@@ -95,28 +95,28 @@ struct Chunk {
 };
 static_assert(sizeof(Chunk) == 32);
 
-// CTAs that get a share of a line of `total` granules; a share is at least a piece.
-HEDDLE_HD std::int64_t sharing_ctas(const PlanShape& shape, std::int64_t total) {
-  const std::int64_t shares = total / (shape.split_keys > 0 ? 1 : kMinPieceGranules);
-  return shares < 1 ? 1 : shares < shape.ctas ? shares : shape.ctas;
-}
-// Chunks that each CTA's share is cut into.
-HEDDLE_HD int chunks_per_share(const PlanShape& shape, std::int64_t total) {
-  const std::int64_t share = total / sharing_ctas(shape, total);
-  if (share < (shape.split_keys > 0 ? 8 : kMinStealGranules)) return 1;
-  int chunks = 2;
-  while (chunks < kQueueChunks && share >> (chunks + 1) >= (shape.split_keys > 0 ? 1 : kMinChunkGranules)) ++chunks;
-  return chunks;
-}
+// How a line of `total` granules is cut: `ctas` shares, each at least a piece, of `per_cta` chunks each.
+struct Cut {
+  std::int64_t total = 0;
+  int ctas = 1, per_cta = 1;
 
-// Where chunk c of shape.chunks() begins on the line. Chunks beyond the line are empty.
-HEDDLE_HD std::int64_t chunk_start(const PlanShape& shape, std::int64_t total, int chunk) {
-  const std::int64_t ctas = sharing_ctas(shape, total);
-  const int per_cta = chunks_per_share(shape, total), cta = chunk / per_cta, at = chunk % per_cta;
-  if (cta >= ctas) return total;
-  const std::int64_t before = at == 0 ? 0 : (256 - (128 >> at));  // of the share, in 256ths
-  return total * (256 * cta + before) / (256 * ctas);
-}
+  HEDDLE_HD Cut(const PlanShape& shape, std::int64_t total_) : total(total_) {
+    const std::int64_t pieces = shape.split_keys > 0 ? total : total / kMinPieceGranules;
+    ctas = pieces < 1 ? 1 : pieces < shape.ctas ? static_cast<int>(pieces) : shape.ctas;
+    const std::int64_t share = total / ctas;
+    if (share < kMinStealChunks * shape.min_chunk) return;
+    per_cta = 2;
+    while (per_cta < kQueueChunks && share >> (per_cta + 1) >= shape.min_chunk) ++per_cta;
+  }
+
+  // Where a chunk begins on the line. Chunks beyond the line are empty.
+  HEDDLE_HD std::int64_t start(int chunk) const {
+    const int cta = chunk / per_cta, at = chunk % per_cta;
+    if (cta >= ctas) return total;
+    const std::int64_t before = at == 0 ? 0 : 256 - (128 >> at);  // of the share, in 256ths
+    return total * (256 * cta + before) / (256 * ctas);
+  }
+};
 
 // The place at x on the line. starts[e]: where entry e starts, starts[entries] the total; keys_of(e): its keys.
 template <class KeysOf>
@@ -129,9 +129,11 @@ HEDDLE_HD Place place_at(const PlanShape& shape, const std::int64_t* starts, std
     (starts[middle] <= x ? low : high) = middle;
   }
   const int keys = keys_of(low), length = shape.length(keys), granules = shape.granules(keys);
-  const auto within = x - starts[low];
-  const auto unit = static_cast<std::uint32_t>(low) * units + static_cast<std::uint32_t>(within / length);
-  const int at = static_cast<int>(within % length), piece = shape.split_keys > 0 ? 1 : kMinPieceGranules;
+  // 32 bits: an entry has fewer granules than that.
+  const auto within = static_cast<std::uint32_t>(x - starts[low]), index = within / static_cast<std::uint32_t>(length);
+  const std::uint32_t unit = static_cast<std::uint32_t>(low) * units + index;
+  const int at = static_cast<int>(within - index * static_cast<std::uint32_t>(length)),
+            piece = shape.split_keys > 0 ? 1 : kMinPieceGranules;
   if (at < piece) return {unit, 0};
   if (granules - at < piece) return {unit + 1, 0};
   return {unit, static_cast<std::uint32_t>(at * shape.granule())};

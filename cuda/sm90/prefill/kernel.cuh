@@ -369,16 +369,18 @@ class PrefillConsumer {
       const int query = query_of(item, row() + 8 * half), head = head_of(item, row() + 8 * half);
       const bool valid = is_row(row() + 8 * half) && query < item.q_len;
       const auto add = [](float a, float b) { return a + b; };
-      float sum = quad_reduce(state.sum[half], add);
+      float sum = quad_reduce(state.sum[half], add), rounded = quad_reduce(state.rounded[half], add);
       float top = state.at[half], decay = 1.0f;
       if (params_.sinks != nullptr && valid) {
         const float sink = __ldg(params_.sinks + head) * kLog2E;
         const float joined = fmaxf(top, sink), at = joined == -INFINITY ? 0.0f : joined;
         decay = exp2_approx(top - at);
-        sum = sum * decay + exp2_approx(sink - at);
+        const float own = exp2_approx(sink - at);
+        sum = sum * decay + own;
+        rounded = rounded * decay + own;
         top = joined;
       }
-      const float factor = sum == 0.0f ? 0.0f : decay / sum;
+      const float factor = rounded == 0.0f ? 0.0f : decay / rounded;
       if (params_.lse != nullptr && valid && thread_ % 4 == 0) {
         const float lse = sum == 0.0f ? -INFINITY : (top + log2f(sum)) * kLn2;
         params_

@@ -88,47 +88,59 @@ __device__ __forceinline__ std::uint32_t pack<__half>(float low, float high) {
   return *reinterpret_cast<const std::uint32_t*>(&both);
 }
 
+template <class T>
+__device__ __forceinline__ float2 unpack(std::uint32_t both);
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(std::uint32_t both) {
+  return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
+}
+template <>
+__device__ __forceinline__ float2 unpack<__half>(std::uint32_t both) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&both));
+}
+
 // The running softmax of the thread's two rows, in binary exponents: a probability is 2^(scale_log2 s - at). `at` is
 // the largest exponent seen when it was last set, and later ones may exceed it somewhat; `sum` is the thread's own
 // share.
 struct RowState {
   float at[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
+  // The same of the probabilities as they are multiplied, rounded to 16 bits. Divided by it, an output that one key
+  // dominates is exact, whatever the reference.
+  float rounded[2] = {0.0f, 0.0f};
 
   // Probabilities of one tile as the A operand of the product with V, four words for every 16 keys. True: `at` had to
   // be moved, and what was summed before has to be multiplied by `decay`.
   //
-  // `at` stays while no exponent exceeds it by 1 or more: a reference somewhat below the largest exponent is as good,
-  // but one that is far below it would have the probability that dominates a row rounded, where 1 is exact.
-  // kSpeculative: no maximum is taken. Probabilities are computed right away, and one of 2 and above shows in its bits.
-  // That saves a third of the instructions and the wait for a maximum, but the scores have to be kept until it is clear
-  // that they need not be taken again.
+  // kSpeculative: no maximum is taken. As long as no probability is large, any reference is as good as the largest
+  // score, and one that is large shows in the sum. That saves a third of the instructions and the wait for a maximum,
+  // but the scores have to be kept until it is clear that they need not be taken again.
   template <class T, bool kSpeculative, int kPolynomialEvery, int N>
   __device__ __forceinline__ bool update(const float (&s)[N], float scale_log2, std::uint32_t (&p)[N / 2],
                                          float (&decay)[2]) {
-    float here[2];
+    float here[2], rounded_here[2];
     bool moves;
     if constexpr (kSpeculative) {
-      exponentials<T, kPolynomialEvery>(s, scale_log2, at, p, here);
-      // The upper bit of the exponent, in bfloat16 as in float16: 2 and above, infinity and NaN.
-      constexpr std::uint32_t kLarge = 0x40004000u;
-      std::uint32_t all = 0;
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i) all |= p[i];
-      moves = __any_sync(0xffffffffu, (all & kLarge) != 0);
+      // Half precision ends at 65504; a thread's sum bounds its probabilities. NaN and infinity are large too.
+      constexpr float kLargestSum = 4096.0f;
+      exponentials<T, kPolynomialEvery>(s, scale_log2, at, p, here, rounded_here);
+      moves = __any_sync(0xffffffffu, !(here[0] <= kLargestSum && here[1] <= kLargestSum));
       if (moves) {
         move(s, scale_log2, decay);
-        exponentials<T, 0>(s, scale_log2, at_or_zero(), p, here);
+        exponentials<T, 0>(s, scale_log2, at_or_zero(), p, here, rounded_here);
       }
     } else {
-      constexpr float kSlack = 1.0f;
+      constexpr float kSlack = 8.0f;
       const bool exceeds = most<0>(s) * scale_log2 - at[0] > kSlack || most<1>(s) * scale_log2 - at[1] > kSlack;
       moves = __any_sync(0xffffffffu, exceeds);
       if (moves) move(s, scale_log2, decay);
-      exponentials<T, kPolynomialEvery>(s, scale_log2, at_or_zero(), p, here);
+      exponentials<T, kPolynomialEvery>(s, scale_log2, at_or_zero(), p, here, rounded_here);
     }
-    sum[0] += here[0];
-    sum[1] += here[1];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      sum[row] += here[row];
+      rounded[row] += rounded_here[row];
+    }
     return moves;
   }
   // The same for the first tile.
@@ -136,7 +148,7 @@ struct RowState {
   __device__ __forceinline__ void start(const float (&s)[N], float scale_log2, std::uint32_t (&p)[N / 2]) {
     float decay[2];
     move(s, scale_log2, decay);
-    exponentials<T, 0>(s, scale_log2, at_or_zero(), p, sum);
+    exponentials<T, 0>(s, scale_log2, at_or_zero(), p, sum, rounded);
   }
 
  private:
@@ -165,22 +177,26 @@ struct RowState {
           fmaxf(quad_reduce(largest[row], [](float a, float b) { return fmaxf(a, b); }) * scale_log2, at[row]);
       decay[row] = now == -INFINITY ? 1.0f : exp2_approx(at[row] - now);
       sum[row] *= decay[row];
+      rounded[row] *= decay[row];
       at[row] = now;
     }
   }
   template <class T, int kPolynomialEvery, int N, class Reference>
   __device__ __forceinline__ static void exponentials(const float (&s)[N], float scale_log2, const Reference& reference,
-                                                      std::uint32_t (&p)[N / 2], float (&total)[2]) {
+                                                      std::uint32_t (&p)[N / 2], float (&total)[2],
+                                                      float (&rounded_total)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      total[row] = 0.0f;
+      total[row] = rounded_total[row] = 0.0f;
 #pragma unroll
       for (int i = 2 * row; i < N; i += 4) {
         const float low = exp2_approx(s[i] * scale_log2 - reference[row]), x = s[i + 1] * scale_log2 - reference[row];
         const bool polynomial = kPolynomialEvery > 0 && i / 4 % (kPolynomialEvery + (kPolynomialEvery == 0)) == 0;
         const float high = polynomial ? exp2_polynomial(x) : exp2_approx(x);
         p[i / 2] = pack<T>(low, high);
+        const float2 both = unpack<T>(p[i / 2]);
         total[row] += low + high;
+        rounded_total[row] += both.x + both.y;
       }
     }
   }
