@@ -38,6 +38,13 @@ struct alignas(8) Barrier {
   }
 };
 
+// True in one lane of a warp that is together.
+__device__ __forceinline__ bool elect_one() {
+  std::uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
+  return elected != 0;
+}
+
 // Makes initialized barriers visible to the copy engine; a barrier among the threads has to follow.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

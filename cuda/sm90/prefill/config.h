@@ -35,7 +35,6 @@ struct PrefillConfig {
   static constexpr bool kTakeTurns = kWarpgroups > 1 && kDim <= 128;
   // Scores that are kept until their probabilities are accepted, two tiles of probabilities and the output have to fit.
   static constexpr bool kSpeculative = (2 * kKeys + kDimV) / 2 + 35 <= kConsumerRegisters;
-  static constexpr int kPolynomialEvery = 0;
 };
 
 }  // namespace heddle::cuda

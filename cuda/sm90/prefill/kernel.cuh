@@ -211,7 +211,6 @@ class PrefillConsumer {
       : params_(params),
         shared_(shared),
         warpgroup_(__shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128 - 1, 0)),
-        thread_(static_cast<int>(threadIdx.x) % 128),
         q_(k_major(shared.q[0] + warpgroup_ * 64 * kChunkRowBytes)) {}
 
   __device__ __forceinline__ void run() {
@@ -228,7 +227,7 @@ class PrefillConsumer {
       if (has_tiles > 0) multiply(item, o, state);
       finish(item, o, state);
       __syncwarp();
-      if (thread_ % 32 == 0) shared_.item_empty[slot_.stage()].arrive();
+      if (elect_one()) shared_.item_empty[slot_.stage()].arrive();
       slot_.advance();
     }
     if (warpgroup_ == 0) await_turn();  // the last turn that was passed
@@ -282,8 +281,7 @@ class PrefillConsumer {
     pin(s);
     release(shared_.k_empty, k_);
     prepare(item, next, s);
-    const bool moved =
-        state.template update<T, Config::kSpeculative, Config::kPolynomialEvery>(s, params_.scale_log2, p_next, decay);
+    const bool moved = state.template update<T, Config::kSpeculative>(s, params_.scale_log2, p_next, decay);
     pin(p_next);  // all of this before the wait, not after
     wgmma_wait<0>();
     pin(o);
@@ -294,7 +292,7 @@ class PrefillConsumer {
   }
   __device__ __forceinline__ void multiply_last(const PrefillItem& item, TileNote note, float (&o)[kDimV / 2],
                                                 std::uint32_t (&p)[kKeys / 4]) {
-    if (thread_ % 32 == 0) shared_.q_empty.arrive();
+    if (elect_one()) shared_.q_empty.arrive();
     shared_.v_full[v_.stage()].wait(v_.parity());
     clear_behind(item, note);
     pin(o);
@@ -337,7 +335,7 @@ class PrefillConsumer {
     const int queries[2] = {query_of(item, row()), query_of(item, row() + 8)};
     Visibility visibility(params_.pattern, item.q_len, item.kv_len);
     visibility.set_mask(item.request, item.q_head);
-    mask_scores(s, visibility, queries, note.tile() * kKeys + accumulator_column(thread_));
+    mask_scores(s, visibility, queries, note.tile() * kKeys + accumulator_column(thread()));
   }
   __device__ __forceinline__ void rescale(float (&o)[kDimV / 2], const float (&decay)[2]) const {
 #pragma unroll
@@ -350,7 +348,7 @@ class PrefillConsumer {
     const int keys = item.kv_len - note.tile() * kKeys;
     if (keys >= kKeys) return;
     constexpr int kWords = kChunkRowBytes / 16;
-    for (int i = keys * kWords + thread_; i < kKeys * kWords; i += 128) {
+    for (int i = keys * kWords + thread(); i < kKeys * kWords; i += 128) {
 #pragma unroll
       for (int chunk = 0; chunk < Config::kChunksV; ++chunk) {
         *reinterpret_cast<uint4*>(shared_.v[v_.stage()][chunk] + i * 16) = uint4{};
@@ -380,8 +378,9 @@ class PrefillConsumer {
         rounded = rounded * decay + own;
         top = joined;
       }
+      if constexpr (!Config::kSpeculative) rounded = sum;
       const float factor = rounded == 0.0f ? 0.0f : decay / rounded;
-      if (params_.lse != nullptr && valid && thread_ % 4 == 0) {
+      if (params_.lse != nullptr && valid && thread() % 4 == 0) {
         const float lse = sum == 0.0f ? -INFINITY : (top + log2f(sum)) * kLn2;
         params_
             .lse[item.q_page * params_.lse_page + head * params_.lse_head + (item.q_first + query) * params_.lse_slot] =
@@ -396,7 +395,7 @@ class PrefillConsumer {
       for (int i = 0; i < 16; ++i) {
         const unsigned votes = __ballot_sync(kFullWarp, i < 8 ? poisoned[0] : poisoned[1]);
         if ((votes >> i % 8 * 4 & 0xf) == 0) continue;
-        const int again = warpgroup_ * 64 + thread_ / 32 * 16 + i;
+        const int again = warpgroup_ * 64 + thread() / 32 * 16 + i;
         exact_row<T, kDimV>(params_, item, query_of(item, again), head_of(item, again));
       }
     }
@@ -408,7 +407,7 @@ class PrefillConsumer {
                                         bool valid, int query, int head) const {
     T* to = static_cast<T*>(params_.out.data) + item.q_page * params_.out.page + head * params_.out.head +
             (item.q_first + query) * params_.out.slot;
-    const int lane = thread_ % 4;
+    const int lane = thread() % 4;
     float check = 0.0f;
 #pragma unroll
     for (int first = 0; first < kDimV / 8; first += 4) {
@@ -443,7 +442,9 @@ class PrefillConsumer {
 
   // ---- rows, turns, barriers ----
 
-  __device__ __forceinline__ int row() const { return warpgroup_ * 64 + accumulator_row(thread_); }
+  // Read again where it is needed, rather than kept: registers are what the main loop lacks.
+  __device__ __forceinline__ static int thread() { return static_cast<int>(threadIdx.x) % 128; }
+  __device__ __forceinline__ int row() const { return warpgroup_ * 64 + accumulator_row(thread()); }
   __device__ __forceinline__ bool is_row(int row) const {
     return row < params_.schedule.queries_per_tile * params_.packed_heads;
   }
@@ -455,7 +456,7 @@ class PrefillConsumer {
   }
 
   __device__ __forceinline__ void release(Barrier (&empty)[Config::kStages], RingPosition<Config::kStages>& at) {
-    if (thread_ % 32 == 0) empty[at.stage()].arrive();
+    if (elect_one()) empty[at.stage()].arrive();
     at.advance();
   }
 
@@ -469,7 +470,7 @@ class PrefillConsumer {
 
   const PrefillParams& params_;
   PrefillShared<Config>& shared_;
-  int warpgroup_, thread_;
+  int warpgroup_;
   Operand q_;
   std::uint32_t q_parity_ = 0;
   RingPosition<Config::kStages> k_, v_;

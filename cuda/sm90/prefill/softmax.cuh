@@ -15,15 +15,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// 2^x without the special function unit, whose rate limits the softmax of narrow heads: 2^(whole part) by the
-// exponent's bits, 2^(rest in [-1/2, 1/2]) by a polynomial with a relative error of 2.9e-6. -inf gives 0.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kShift = 12582912.0f;  // 1.5 x 2^23: whole numbers in the low bits
-  x = fmaxf(x, -127.0f);
-  const float whole = x + kShift, f = x - (whole - kShift);
-  const float p = fmaf(fmaf(fmaf(fmaf(0.00958285f, f, 0.05590642f), f, 0.24024099f), f, 0.69312419f), f, 1.0f);
-  return __int_as_float(__float_as_int(p) + (__float_as_int(whole) << 23));
-}
 // 1 - 2 / (1 + e^2x): right at both ends, and exact enough for scores (tanh.approx has 11 bits).
 __device__ __forceinline__ float tanh_from_exp2(float x) {
   return 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(2.0f * kLog2E * x));
@@ -106,7 +97,7 @@ struct RowState {
   float at[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
   // The same of the probabilities as they are multiplied, rounded to 16 bits. Divided by it, an output that one key
-  // dominates is exact, whatever the reference.
+  // dominates is exact, whatever the reference. (Relative to the maximum that key has 1, and the sum does.)
   float rounded[2] = {0.0f, 0.0f};
 
   // Probabilities of one tile as the A operand of the product with V, four words for every 16 keys. True: `at` had to
@@ -115,7 +106,7 @@ struct RowState {
   // kSpeculative: no maximum is taken. As long as no probability is large, any reference is as good as the largest
   // score, and one that is large shows in the sum. That saves a third of the instructions and the wait for a maximum,
   // but the scores have to be kept until it is clear that they need not be taken again.
-  template <class T, bool kSpeculative, int kPolynomialEvery, int N>
+  template <class T, bool kSpeculative, int N>
   __device__ __forceinline__ bool update(const float (&s)[N], float scale_log2, std::uint32_t (&p)[N / 2],
                                          float (&decay)[2]) {
     float here[2], rounded_here[2];
@@ -123,18 +114,17 @@ struct RowState {
     if constexpr (kSpeculative) {
       // Half precision ends at 65504; a thread's sum bounds its probabilities. NaN and infinity are large too.
       constexpr float kLargestSum = 4096.0f;
-      exponentials<T, kPolynomialEvery>(s, scale_log2, at, p, here, rounded_here);
+      exponentials<T>(s, scale_log2, at, p, here, rounded_here);
       moves = __any_sync(0xffffffffu, !(here[0] <= kLargestSum && here[1] <= kLargestSum));
       if (moves) {
         move(s, scale_log2, decay);
-        exponentials<T, 0>(s, scale_log2, at_or_zero(), p, here, rounded_here);
+        exponentials<T>(s, scale_log2, at_or_zero(), p, here, rounded_here);
       }
     } else {
-      constexpr float kSlack = 8.0f;
-      const bool exceeds = most<0>(s) * scale_log2 - at[0] > kSlack || most<1>(s) * scale_log2 - at[1] > kSlack;
+      const bool exceeds = most<0>(s) * scale_log2 > at[0] || most<1>(s) * scale_log2 > at[1];
       moves = __any_sync(0xffffffffu, exceeds);
       if (moves) move(s, scale_log2, decay);
-      exponentials<T, kPolynomialEvery>(s, scale_log2, at_or_zero(), p, here, rounded_here);
+      exponentials<T>(s, scale_log2, at_or_zero(), p, here, rounded_here);
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -148,7 +138,7 @@ struct RowState {
   __device__ __forceinline__ void start(const float (&s)[N], float scale_log2, std::uint32_t (&p)[N / 2]) {
     float decay[2];
     move(s, scale_log2, decay);
-    exponentials<T, 0>(s, scale_log2, at_or_zero(), p, sum, rounded);
+    exponentials<T>(s, scale_log2, at_or_zero(), p, sum, rounded);
   }
 
  private:
@@ -181,7 +171,7 @@ struct RowState {
       at[row] = now;
     }
   }
-  template <class T, int kPolynomialEvery, int N, class Reference>
+  template <class T, int N, class Reference>
   __device__ __forceinline__ static void exponentials(const float (&s)[N], float scale_log2, const Reference& reference,
                                                       std::uint32_t (&p)[N / 2], float (&total)[2],
                                                       float (&rounded_total)[2]) {
@@ -190,9 +180,8 @@ struct RowState {
       total[row] = rounded_total[row] = 0.0f;
 #pragma unroll
       for (int i = 2 * row; i < N; i += 4) {
-        const float low = exp2_approx(s[i] * scale_log2 - reference[row]), x = s[i + 1] * scale_log2 - reference[row];
-        const bool polynomial = kPolynomialEvery > 0 && i / 4 % (kPolynomialEvery + (kPolynomialEvery == 0)) == 0;
-        const float high = polynomial ? exp2_polynomial(x) : exp2_approx(x);
+        const float low = exp2_approx(s[i] * scale_log2 - reference[row]);
+        const float high = exp2_approx(s[i + 1] * scale_log2 - reference[row]);
         p[i / 2] = pack<T>(low, high);
         const float2 both = unpack<T>(p[i / 2]);
         total[row] += low + high;
