@@ -43,6 +43,7 @@ PYBIND11_MODULE(_core, m) {
   bind_select(m);
   bind_quantize(m);
   bind_attention(m);
+  bind_sampling(m);
   bind_cache(m);
   bind_advise(m);
 }

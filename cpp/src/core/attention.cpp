@@ -9,6 +9,7 @@
 
 #include "core/check.h"
 #include "core/dispatch.h"
+#include "core/sampling.h"
 #include "heddle/decode.h"
 
 namespace heddle {
@@ -462,10 +463,13 @@ void decode(const DecodeParams& params) {
   }
   check_selection(problem, q.shape[1]);
 
-  problem.quantize_q = config.format == CacheFormat::kInt8Baseline || config.format == CacheFormat::kInt8A ||
-                       config.format == CacheFormat::kInt8B;
-  const Row& row = find_row(Operation::kDecode, params.backend, features_of(problem));
-  if (config.format == CacheFormat::kInt8Baseline && q.numel() > 0) {
+  set_sampling(params, problem);
+  problem.quantize_q = problem.sampled.features == nullptr &&
+                       (config.format == CacheFormat::kInt8Baseline || config.format == CacheFormat::kInt8A ||
+                        config.format == CacheFormat::kInt8B);
+  const Operation operation = params.sampling ? Operation::kSampledDecode : Operation::kDecode;
+  const Row& row = find_row(operation, params.backend, features_of(problem));
+  if (problem.quantize_q && config.format == CacheFormat::kInt8Baseline && q.numel() > 0) {
     if (!cache.q_calibrated()) cache.calibrate_q(q);
     problem.q_static_scale = *cache.q_scale().as<const float>();
   }

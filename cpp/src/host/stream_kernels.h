@@ -42,6 +42,8 @@ struct StreamStep {
 };
 
 struct StreamKernels {
+  // Products of the queries with the keys of one step: scores[row * kStreamKeys + key], whatever the other keys are.
+  void (*scores)(const StreamTile& tile, const StreamStep& step, float* scores) = nullptr;
   // scores: kStreamRows x kStreamKeys floats of scratch
   void (*step)(const StreamTile& tile, const StreamStep& step, float* scores) = nullptr;
 };

@@ -163,7 +163,7 @@ CacheFormat cache_format_from_string(std::string_view name) {
 struct KVCache::State {
   CacheConfig config;
   DType dtype = DType::kFloat32;
-  Buffer k, v, norms, k_scale, v_scale, q_scale;
+  Buffer k, v, k_features, norms, k_scale, v_scale, q_scale;
   bool holds_tokens = false;
   std::int64_t saturated = 0;
   // Scratch of append, kept so that appending a token does not allocate.
@@ -178,6 +178,7 @@ struct KVCache::State {
     const std::int64_t slot_bytes = byte_count({c.num_pages, c.num_kv_heads, c.page_size, 4});
     k = Buffer(k_bytes);
     v = Buffer(v_bytes);
+    if (c.feature_major) k_features = Buffer(k_bytes);
     norms = Buffer(slot_bytes);
     if (is_quantized(dtype)) {
       k_scale = Buffer(partitioned() ? slot_bytes / c.partition : 4);
@@ -207,6 +208,7 @@ struct KVCache::State {
   std::int64_t write(const Piece& piece, const TokenRows& keys, const TokenRows& values, float k_static,
                      float v_static);
   std::int64_t write_partitions(const Piece& piece, std::int64_t head, const TokenRows& keys);
+  void transpose(const Piece& piece, std::int64_t head);
 };
 
 // Cuts the new tokens into pieces and checks that each has a place in the cache.
@@ -305,6 +307,26 @@ std::int64_t KVCache::State::write_partitions(const Piece& piece, std::int64_t h
   return clamped;
 }
 
+// Copies the piece's keys, as they are stored, to where they lie by feature.
+void KVCache::State::transpose(const Piece& piece, std::int64_t head) {
+  const std::int64_t dim = config.head_dim, page_size = config.page_size;
+  // A partition that has grown is another one now, the tokens it held before included.
+  const std::int64_t first = partitioned() ? piece.slot / config.partition * config.partition : piece.slot;
+  const auto copy = [&](auto element) {
+    using T = decltype(element);
+    const T* from = k.as<T>() + row(piece.page, head, 0) * dim;
+    T* to = k_features.as<T>() + row(piece.page, head, 0) * dim;
+    for (std::int64_t d = 0; d < dim; ++d) {
+      for (std::int64_t s = first; s < piece.slot + piece.count; ++s) to[d * page_size + s] = from[s * dim + d];
+    }
+  };
+  switch (size_of(dtype)) {
+    case 4: return copy(std::uint32_t{});
+    case 2: return copy(std::uint16_t{});
+    default: return copy(std::uint8_t{});
+  }
+}
+
 std::int64_t KVCache::State::write(const Piece& piece, const TokenRows& keys, const TokenRows& values, float k_static,
                                    float v_static) {
   const auto& kernels = host::quantize_kernels();
@@ -330,6 +352,7 @@ std::int64_t KVCache::State::write(const Piece& piece, const TokenRows& keys, co
       const double squares = kernels.sum_squares(value, values.dtype, config.head_dim_v);
       norms.as<float>()[to] = static_cast<float>(std::sqrt(squares));
     }
+    if (config.feature_major) transpose(piece, head);
   }
   return clamped;
 }
@@ -349,6 +372,13 @@ TensorView KVCache::k() const noexcept {
 TensorView KVCache::v() const noexcept {
   const CacheConfig& c = state_->config;
   return TensorView(state_->v.as<void>(), state_->dtype, {c.num_pages, c.num_kv_heads, c.page_size, c.head_dim_v});
+}
+
+TensorView KVCache::k_by_feature() const noexcept {
+  const CacheConfig& c = state_->config;
+  if (!c.feature_major) return {};
+  return TensorView(state_->k_features.as<void>(), state_->dtype,
+                    {c.num_pages, c.num_kv_heads, c.head_dim, c.page_size});
 }
 
 TensorView KVCache::k_scale() const noexcept {
@@ -506,14 +536,16 @@ std::int64_t KVCache::saturated() const noexcept { return state_->saturated; }
 
 double KVCache::bytes_per_token() const noexcept {
   const State& s = *state_;
-  const std::int64_t bytes = s.k.bytes() + s.v.bytes() + s.norms.bytes() + (s.partitioned() ? s.k_scale.bytes() : 0);
+  const std::int64_t bytes =
+      s.k.bytes() + s.k_features.bytes() + s.v.bytes() + s.norms.bytes() + (s.partitioned() ? s.k_scale.bytes() : 0);
   return static_cast<double>(bytes) /
          (static_cast<double>(s.config.num_pages) * static_cast<double>(s.config.page_size));
 }
 
 std::int64_t KVCache::nbytes() const noexcept {
   const State& s = *state_;
-  return s.k.bytes() + s.v.bytes() + s.norms.bytes() + s.k_scale.bytes() + s.v_scale.bytes() + s.q_scale.bytes();
+  return s.k.bytes() + s.k_features.bytes() + s.v.bytes() + s.norms.bytes() + s.k_scale.bytes() + s.v_scale.bytes() +
+         s.q_scale.bytes();
 }
 
 }  // namespace heddle

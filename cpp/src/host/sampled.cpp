@@ -1,0 +1,700 @@
+// Sampled decode on the host: the scores of all keys, then a few rows of V.
+//
+//   prepare  each row tile: its queries as the kernels read them, or their Bernoulli counts
+//   score    each split of a row tile: logits of its keys, and the mass of every tile of 64
+//   draw     each unit: prefix sums over the masses of the tiles, tiles opened only where a draw falls, values summed
+//
+// Logits take 4 bytes a key and query row and are written once. A tile's mass depends on its own keys alone and prefix
+// sums run over tiles in order, in float64, so no result depends on splits, threads or schedule. What is drawn by
+// several rows of a unit is merged by key, so that each row of V is read once. Limit: the bytes of K.
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "aggregate/draws.h"
+#include "core/kernels.h"
+#include "core/numeric.h"
+#include "core/threads.h"
+#include "host/quantize_kernels.h"
+#include "host/sampling_kernels.h"
+#include "host/tile_kernels.h"
+#include "host/workspace.h"
+#include "schedule/plan.h"
+#include "select/visibility.h"
+
+namespace heddle::host {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr std::size_t kLogitBudget = std::size_t{64} << 20;  // bytes held at a time, if a unit needs no more by itself
+constexpr std::int64_t kSplitKeys = 2048;
+constexpr int kGatherTiles = 16;  // tiles whose keys are looked up at a time: the stream kernels fetch ahead among them
+static_assert(kTileKeys == aggregate::kSampleTile);
+
+// 2^x for a whole number x <= 0.
+double power(float x) {
+  return x < -1022.0f ? 0.0 : std::bit_cast<double>(static_cast<std::uint64_t>(1023 + static_cast<int>(x)) << 52);
+}
+
+// What is known of a unit between the phases.
+struct UnitState {
+  std::int64_t tiles = 0, rows = 0;
+  float* logits = nullptr;         // [rows][tiles * 64], where the mass is not 0
+  std::vector<TileMass> mass;      // [rows][tiles]
+  std::vector<std::byte> queries;  // [row tiles][kStreamRows][padded dim] as floats or int8
+  std::vector<float> factor;       // [rows]: logit = factor * product (* key scale)
+  std::vector<std::int32_t> sums;  // [row tiles][kStreamRows]
+  struct Features {                // Bernoulli: what some row of the tile needs
+    std::vector<std::int32_t> index;
+    std::vector<float> queries;  // [index][rows padded to 4]
+  };
+  std::vector<Features> features;  // [row tiles]
+
+  float* row_logits(std::int64_t row) const { return logits + row * tiles * kTileKeys; }
+  TileMass* row_mass(std::int64_t row) { return mass.data() + row * tiles; }
+};
+
+// What a thread keeps between items.
+struct Scratch {
+  std::vector<Tile> tiles;
+  std::vector<const std::byte*> keys;
+  std::vector<float> key_scale, scores;
+  std::vector<std::uint64_t> bits;
+  std::vector<double> row, prefix, targets;
+  std::vector<std::int8_t> counts;
+  std::vector<TileMass> rest;
+  std::vector<std::uint64_t> kept;
+  std::vector<float> order;
+  std::vector<ValueTerm> terms, merged;
+  std::vector<std::size_t> runs;
+  std::vector<const std::byte*> values;
+  std::vector<float> out;
+};
+
+class SampledDecode {
+ public:
+  explicit SampledDecode(const Problem& problem)
+      : p_(problem),
+        s_(*problem.sampled.options),
+        tile_(tile_kernels()),
+        stream_(stream_kernels()),
+        sampling_(sampling_kernels()),
+        quantize_(quantize_kernels()),
+        plan_(make_plan(problem, kStreamRows)),
+        dim_((problem.q.dim + 63) / 64 * 64),
+        columns_(padded_columns(problem.v.dim)),
+        integer_(problem.quantize_q && tile_.native_words) {}
+
+  void run();
+
+ private:
+  struct Item {
+    std::int32_t unit, row_tile, split;
+  };
+  struct Place {
+    std::int64_t page, slot;
+  };
+
+  void run_chunk(const std::vector<std::int32_t>& units);
+  void prepare(const Unit& unit, UnitState& state, std::int64_t row_tile, Scratch& s) const;
+  void score(const Unit& unit, UnitState& state, std::int64_t row_tile, std::int64_t k0, std::int64_t k1,
+             Scratch& s) const;
+  void draw(const Unit& unit, UnitState& state, Scratch& s) const;
+  void draw_row(const Unit& unit, UnitState& state, std::int64_t row, Scratch& s) const;
+  void keep(const float* logits, std::int64_t tiles, Scratch& s) const;
+  void open_tile(const float* logits, const TileMass& mass, std::uint64_t without, float* weights) const;
+  void merge_terms(Scratch& s) const;
+
+  std::int64_t split_size() const {
+    return p_.schedule.split_size > 0 ? (p_.schedule.split_size + kTileKeys - 1) / kTileKeys * kTileKeys : kSplitKeys;
+  }
+  std::int64_t tile_rows(const Unit& unit, std::int64_t row_tile) const {
+    return std::min<std::int64_t>(kStreamRows, unit.rows() - row_tile * kStreamRows);
+  }
+  Place place(const Unit& unit, std::int64_t key) const {
+    const Request& r = p_.requests[static_cast<std::size_t>(unit.request)];
+    if (unit.listed) key = unit.list[static_cast<std::size_t>(key)];
+    return {r.pages[key / p_.page_size], key % p_.page_size};
+  }
+  // Where the list's keys lie that causality and the window leave.
+  std::pair<std::int64_t, std::int64_t> list_range(const Unit& unit, const Visibility& seen, std::int64_t query) const {
+    const auto [begin, end] = seen.allowed_keys(query);
+    const auto first = std::lower_bound(unit.list.begin(), unit.list.end(), begin);
+    return {first - unit.list.begin(), std::lower_bound(first, unit.list.end(), end) - unit.list.begin()};
+  }
+  void tiles_of(const Unit& unit, const Visibility& seen, std::int64_t q0, std::int64_t q1, std::int64_t k0,
+                std::int64_t k1, std::vector<Tile>& tiles) const;
+  std::uint64_t bits_of(const Unit& unit, const Visibility& seen, std::int64_t query, std::int64_t k0) const;
+  // fn(lane, count, place) for each run of set bits that lies in one page (of a list: for each key).
+  template <class Fn>
+  void for_runs(const Unit& unit, std::int64_t k0, std::uint64_t bits, Fn&& fn) const;
+  static void count(const TensorView& counts, const Unit& unit, std::int64_t n) {
+    if (!counts.given() || n == 0) return;
+    std::int64_t& total =
+        counts.as<std::int64_t>()[unit.request * counts.strides[0] + unit.kv_head * counts.strides[1]];
+    std::atomic_ref<std::int64_t>(total).fetch_add(n, std::memory_order_relaxed);
+  }
+
+  const Problem& p_;
+  const Sampling& s_;
+  const TileKernels& tile_;
+  const StreamKernels& stream_;
+  const SamplingKernels& sampling_;
+  const QuantizeKernels& quantize_;
+  const Plan plan_;
+  const std::int64_t dim_, columns_;
+  const bool integer_;  // whole-number scores on int8 products
+};
+
+void SampledDecode::run() {
+  for (const TensorView* counts : {&p_.sampled.reads.v_rows, &p_.sampled.reads.k_features}) {
+    for (std::int64_t i = 0; counts->given() && i < counts->numel(); ++i) {
+      const std::int64_t b = i / counts->shape[1], h = i % counts->shape[1];
+      counts->as<std::int64_t>()[b * counts->strides[0] + h * counts->strides[1]] = 0;
+    }
+  }
+  std::vector<std::int32_t> chunk;
+  std::size_t bytes = 0;
+  for (std::size_t u = 0; u < plan_.units.size(); ++u) {
+    const Unit& unit = plan_.units[u];
+    const std::int64_t tiles = (unit.keys + kTileKeys - 1) / kTileKeys;
+    const std::size_t need = static_cast<std::size_t>(unit.rows() * tiles * kTileKeys) * sizeof(float);
+    if (!chunk.empty() && bytes + need > kLogitBudget) {
+      run_chunk(chunk);
+      chunk.clear();
+      bytes = 0;
+    }
+    chunk.push_back(static_cast<std::int32_t>(u));
+    bytes += need;
+  }
+  if (!chunk.empty()) run_chunk(chunk);
+}
+
+void SampledDecode::run_chunk(const std::vector<std::int32_t>& units) {
+  static thread_local Workspace workspace;
+  std::vector<UnitState> states(units.size());
+  std::vector<Item> row_tiles, splits;
+  std::size_t floats = 0;
+  double work = 0.0;
+  for (std::size_t u = 0; u < units.size(); ++u) {
+    const Unit& unit = plan_.units[static_cast<std::size_t>(units[u])];
+    UnitState& state = states[u];
+    state.rows = unit.rows();
+    state.tiles = (unit.keys + kTileKeys - 1) / kTileKeys;
+    const std::int64_t tiles = plan_.row_tiles(unit);
+    state.mass.resize(static_cast<std::size_t>(state.rows * state.tiles));
+    state.queries.resize(static_cast<std::size_t>(tiles * kStreamRows * dim_) * (integer_ ? 1 : sizeof(float)));
+    state.factor.resize(static_cast<std::size_t>(state.rows));
+    state.sums.resize(static_cast<std::size_t>(tiles * kStreamRows));
+    state.features.resize(static_cast<std::size_t>(tiles));
+    floats += static_cast<std::size_t>(state.rows * state.tiles * kTileKeys);
+    work += static_cast<double>(state.rows) * static_cast<double>(unit.keys) * static_cast<double>(p_.k.dim);
+    for (std::int32_t t = 0; t < tiles; ++t) {
+      row_tiles.push_back({static_cast<std::int32_t>(u), t, 0});
+      for (std::int32_t n = 0; n * split_size() < unit.keys; ++n) {
+        splits.push_back({static_cast<std::int32_t>(u), t, n});
+      }
+    }
+  }
+  float* at = reinterpret_cast<float*>(workspace.reserve(floats * sizeof(float)));
+  for (UnitState& state : states) {
+    state.logits = at;
+    at += state.rows * state.tiles * kTileKeys;
+  }
+
+  // Little work is done sooner by one thread than by waking another.
+  constexpr double kWorkPerThread = 1 << 20;  // multiply-adds
+  const int threads = static_cast<int>(std::clamp(work / kWorkPerThread, 1.0, static_cast<double>(num_threads())));
+  const auto phase = [&](std::size_t count, auto&& body) {
+    parallel_for(static_cast<std::int64_t>(count), threads, [&](std::int64_t i) {
+      static thread_local Scratch scratch;
+      body(static_cast<std::size_t>(i), scratch);
+    });
+  };
+  const auto unit_of = [&](std::size_t u) -> const Unit& { return plan_.units[static_cast<std::size_t>(units[u])]; };
+  phase(row_tiles.size(), [&](std::size_t i, Scratch& s) {
+    const Item& item = row_tiles[i];
+    const auto u = static_cast<std::size_t>(item.unit);
+    prepare(unit_of(u), states[u], item.row_tile, s);
+  });
+  phase(splits.size(), [&](std::size_t i, Scratch& s) {
+    const Item& item = splits[i];
+    const auto u = static_cast<std::size_t>(item.unit);
+    const std::int64_t first = item.split * split_size();
+    score(unit_of(u), states[u], item.row_tile, first, std::min(unit_of(u).keys, first + split_size()), s);
+  });
+  phase(units.size(), [&](std::size_t u, Scratch& s) { draw(unit_of(u), states[u], s); });
+  workspace.trim(kLogitBudget);
+}
+
+void SampledDecode::prepare(const Unit& unit, UnitState& state, std::int64_t row_tile, Scratch& s) const {
+  const Request& request = p_.requests[static_cast<std::size_t>(unit.request)];
+  const std::int64_t first = row_tile * kStreamRows, rows = tile_rows(unit, row_tile), dim = p_.q.dim;
+  const bool static_scale = p_.k.scale != nullptr && p_.k.partition == 0;
+  const double factor = p_.scale * kLog2e * (static_scale ? p_.k.scale[0] : 1.0f);
+  auto* floats = reinterpret_cast<float*>(state.queries.data()) + (integer_ ? 0 : first * dim_);
+  auto* whole = reinterpret_cast<std::int8_t*>(state.queries.data()) + (integer_ ? first * dim_ : 0);
+  s.counts.resize(static_cast<std::size_t>(dim));
+  s.row.resize(static_cast<std::size_t>(dim));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::int64_t head = unit.head_of(first + r), query = unit.query_of(first + r);
+    const std::byte* q = p_.q.row(request.q_page, head, request.q_first + query);
+    float* out = floats + r * dim_;
+    double scale = 1.0;
+    if (s_.bernoulli > 0) {
+      for (std::int64_t d = 0; d < dim; ++d) s.row[static_cast<std::size_t>(d)] = load_as_double(q, p_.q.dtype, d);
+      const aggregate::Draws draws(s_, p_.sampled.offset, unit.request, head, query);
+      scale = aggregate::ternary_queries(s.row.data(), dim, s_, draws, s.counts.data());
+      for (std::int64_t d = 0; d < dim; ++d) out[d] = s.counts[static_cast<std::size_t>(d)];
+    } else if (p_.quantize_q) {
+      float step = p_.q_static_scale;
+      if (!(step > 0.0f)) step = float_from_bits(quantize_.max_abs_bits(q, p_.q.dtype, nullptr, dim)) / kInt8Max;
+      quantize_.quantize(q, p_.q.dtype, nullptr, dim, step, s.counts.data(), DType::kInt8);
+      scale = step;
+      std::int32_t& sum = state.sums[static_cast<std::size_t>(first + r)];
+      for (std::int64_t d = 0; d < dim; ++d) {
+        const std::int8_t x = s.counts[static_cast<std::size_t>(d)];
+        if (integer_) {
+          whole[r * dim_ + d] = x;
+          sum += x;
+        } else {
+          out[d] = x;
+        }
+      }
+    } else {
+      tile_.read_row(q, dim, p_.q.dtype, out);
+    }
+    state.factor[static_cast<std::size_t>(first + r)] = static_cast<float>(factor * scale);
+  }
+  if (s_.bernoulli == 0) return;
+  UnitState::Features& features = state.features[static_cast<std::size_t>(row_tile)];
+  const std::int64_t padded = (rows + 3) / 4 * 4;
+  for (std::int64_t d = 0; d < dim; ++d) {
+    bool needed = false;
+    for (std::int64_t r = 0; r < rows; ++r) needed |= floats[r * dim_ + d] != 0.0f;
+    if (!needed) continue;
+    features.index.push_back(static_cast<std::int32_t>(d));
+    for (std::int64_t r = 0; r < padded; ++r) features.queries.push_back(r < rows ? floats[r * dim_ + d] : 0.0f);
+  }
+}
+
+void SampledDecode::tiles_of(const Unit& unit, const Visibility& seen, std::int64_t q0, std::int64_t q1,
+                             std::int64_t k0, std::int64_t k1, std::vector<Tile>& tiles) const {
+  if (!unit.listed) return seen.tiles(q0, q1, k0, k1, kTileKeys, tiles);
+  tiles.clear();
+  const auto [first_begin, first_end] = list_range(unit, seen, q0);
+  const auto [last_begin, last_end] = list_range(unit, seen, q1 - 1);
+  k0 = std::max(k0, first_begin / kTileKeys * kTileKeys);
+  k1 = std::min(k1, last_end);
+  for (std::int64_t t = k0 / kTileKeys; t * kTileKeys < k1; ++t) {
+    const bool full = t * kTileKeys >= last_begin && (t + 1) * kTileKeys <= first_end;
+    tiles.push_back({static_cast<std::int32_t>(t), !full});
+  }
+}
+
+std::uint64_t SampledDecode::bits_of(const Unit& unit, const Visibility& seen, std::int64_t query,
+                                     std::int64_t k0) const {
+  if (!unit.listed) return seen.bits64(query, k0);
+  const auto [begin, end] = list_range(unit, seen, query);
+  const std::int64_t first = std::clamp<std::int64_t>(begin - k0, 0, 64),
+                     last = std::clamp<std::int64_t>(end - k0, 0, 64);
+  return first >= last ? 0 : (~std::uint64_t{0} >> (64 - (last - first))) << first;
+}
+
+template <class Fn>
+void SampledDecode::for_runs(const Unit& unit, std::int64_t k0, std::uint64_t bits, Fn&& fn) const {
+  while (bits != 0) {
+    const int lane = std::countr_zero(bits);
+    const Place at = place(unit, k0 + lane);
+    std::int64_t run = unit.listed ? 1 : std::min<std::int64_t>(std::countr_one(bits >> lane), p_.page_size - at.slot);
+    fn(lane, run, at);
+    bits = lane + run == 64 ? 0 : bits >> (lane + run) << (lane + run);
+  }
+}
+
+// Logits of the keys [k0, k1) for one row tile, and the masses of their tiles. Keys that no row sees are not read.
+void SampledDecode::score(const Unit& unit, UnitState& state, std::int64_t row_tile, std::int64_t k0, std::int64_t k1,
+                          Scratch& s) const {
+  const std::int64_t first = row_tile * kStreamRows, rows = tile_rows(unit, row_tile);
+  const Visibility seen(p_, unit.request, unit.q_head);
+  tiles_of(unit, seen, unit.query_of(first), unit.query_of(first + rows - 1) + 1, k0, k1, s.tiles);
+  for (std::int64_t r = first; r < first + rows; ++r) {
+    std::fill(state.row_mass(r) + k0 / kTileKeys, state.row_mass(r) + (k1 + kTileKeys - 1) / kTileKeys,
+              TileMass{-std::numeric_limits<float>::infinity(), 0.0f});
+  }
+  const UnitState::Features& features = state.features[static_cast<std::size_t>(row_tile)];
+  const bool by_feature = s_.bernoulli > 0, key_scales = p_.k.partition > 0;
+  s.keys.resize(kGatherTiles * kTileKeys + 4);
+  s.key_scale.resize(kGatherTiles * kTileKeys);
+  s.scores.resize(kStreamRows * kStreamKeys);
+  s.bits.resize(kGatherTiles * kStreamRows);
+
+  StreamTile queries;
+  queries.rows = rows;
+  if (integer_) {
+    queries.int8_queries = reinterpret_cast<const std::int8_t*>(state.queries.data()) + first * dim_;
+  } else {
+    queries.queries = reinterpret_cast<const float*>(state.queries.data()) + first * dim_;
+  }
+  queries.row_sums = state.sums.data() + first;
+  StreamStep step;
+  step.key_dtype = p_.k.dtype;
+  step.dim = p_.k.dim;
+  TileScores out;
+  out.rows = rows;
+  out.factor = state.factor.data() + first;
+  out.softcap = static_cast<float>(p_.softcap * kLog2e);
+  out.logit_stride = state.tiles * kTileKeys;
+  out.mass_stride = state.tiles;
+
+  struct Visit {
+    std::int64_t tile = 0;
+    std::uint64_t bits = 0;  // some row sees
+    bool masked = false;
+  };
+  Visit visits[kGatherTiles];
+  std::int64_t read = 0;
+  for (std::size_t next = 0; next < s.tiles.size();) {
+    int count = 0;
+    for (; next < s.tiles.size() && count < kGatherTiles; ++next) {
+      Visit& visit = visits[count];
+      visit = {s.tiles[next].index, ~std::uint64_t{0}, s.tiles[next].masked};
+      if (visit.masked) {
+        std::uint64_t* bits = s.bits.data() + count * kStreamRows;
+        visit.bits = 0;
+        for (std::int64_t r = 0; r < rows; ++r) {
+          const bool same = r > 0 && unit.query_of(first + r) == unit.query_of(first + r - 1);
+          bits[r] = same ? bits[r - 1] : bits_of(unit, seen, unit.query_of(first + r), visit.tile * kTileKeys);
+          visit.bits |= bits[r];
+        }
+        if (visit.bits == 0) continue;
+      }
+      const std::byte** keys = s.keys.data() + count * kTileKeys;
+      float* scale = s.key_scale.data() + count * kTileKeys;
+      for_runs(unit, visit.tile * kTileKeys, visit.bits, [&](int lane, std::int64_t run, const Place& at) {
+        const std::byte* key = p_.k.row(at.page, unit.kv_head, at.slot);
+        for (std::int64_t i = 0; i < run; ++i) keys[lane + i] = key + i * p_.k.slot_stride;
+        for (std::int64_t i = 0; key_scales && i < run; ++i) {
+          scale[lane + i] = p_.k.scale_of(at.page, unit.kv_head, at.slot + i);
+        }
+      });
+      if (visit.bits != ~std::uint64_t{0}) {  // the other lanes take a key that is read anyway
+        const int some = std::countr_zero(visit.bits);
+        for (int lane = 0; lane < kTileKeys; ++lane) {
+          if ((visit.bits >> lane & 1u) != 0) continue;
+          keys[lane] = keys[some];
+          scale[lane] = scale[some];
+        }
+      }
+      read += std::popcount(visit.bits);
+      ++count;
+    }
+    for (int i = 0; count > 0 && i < 4; ++i) s.keys[static_cast<std::size_t>(count * kTileKeys + i)] = s.keys[0];
+    for (int t = 0; t < count; ++t) {
+      const int column = t % kStepTiles * kTileKeys;
+      if (by_feature) {
+        for_runs(unit, visits[t].tile * kTileKeys, visits[t].bits, [&](int lane, std::int64_t run, const Place& at) {
+          const auto size = static_cast<std::int64_t>(size_of(p_.k.dtype));
+          sampling_.feature_scores({.keys = p_.sampled.features + at.page * p_.sampled.feature_page_stride +
+                                            unit.kv_head * p_.sampled.feature_head_stride + at.slot * size,
+                                    .feature_bytes = p_.page_size * size,
+                                    .dtype = p_.k.dtype,
+                                    .count = static_cast<int>(run),
+                                    .features = features.index.data(),
+                                    .num_features = static_cast<std::int64_t>(features.index.size()),
+                                    .queries = features.queries.data(),
+                                    .rows = rows,
+                                    .scores = s.scores.data() + column + lane});
+        });
+      } else if (t % kStepTiles == 0) {
+        step.keys = s.keys.data() + t * kTileKeys;
+        step.readable = (count - t) * kTileKeys;
+        step.count = std::min(step.readable, kStreamKeys);
+        stream_.scores(queries, step, s.scores.data());
+      }
+      out.scores = s.scores.data() + column;
+      out.key_scale = key_scales ? s.key_scale.data() + t * kTileKeys : nullptr;
+      out.bits = visits[t].masked ? s.bits.data() + t * kStreamRows : nullptr;
+      out.logits = state.row_logits(first) + visits[t].tile * kTileKeys;
+      out.mass = state.row_mass(first) + visits[t].tile;
+      sampling_.logits(out);
+    }
+  }
+  count(p_.sampled.reads.k_features, unit,
+        read * (by_feature ? static_cast<std::int64_t>(features.index.size()) : p_.k.dim));
+}
+
+// s.kept: 64 bits a tile of the keys that are read exactly.
+void SampledDecode::keep(const float* logits, std::int64_t tiles, Scratch& s) const {
+  const auto seen = [&](std::int64_t key) {
+    return s.rest[static_cast<std::size_t>(key / kTileKeys)].sum > 0.0f &&
+           logits[key] > -std::numeric_limits<float>::infinity();
+  };
+  const auto kept = [&](std::int64_t key) -> std::uint64_t& { return s.kept[static_cast<std::size_t>(key / 64)]; };
+  const std::int64_t keys = tiles * kTileKeys;
+  std::int64_t left = s_.n_sink;
+  for (std::int64_t key = 0; key < keys && left > 0; ++key) {
+    if (!seen(key)) continue;
+    kept(key) |= std::uint64_t{1} << key % 64;
+    --left;
+  }
+  left = s_.n_recent;
+  for (std::int64_t key = keys - 1; key >= 0 && left > 0; --key) {
+    if (!seen(key)) continue;
+    kept(key) |= std::uint64_t{1} << key % 64;
+    --left;
+  }
+  if (s_.n_top == 0) return;
+  const auto free_bits = [&](std::int64_t t) {
+    std::uint64_t bits = 0;
+    for (int lane = 0; lane < kTileKeys; ++lane) bits |= std::uint64_t{seen(t * kTileKeys + lane)} << lane;
+    return bits & ~s.kept[static_cast<std::size_t>(t)];
+  };
+  // The largest logits of n_top tiles are n_top keys: none below the least of them is among the largest. Tiles whose
+  // rounded-up maximum is below it need not be opened.
+  s.order.clear();
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    if (!(s.rest[static_cast<std::size_t>(t)].sum > 0.0f)) continue;
+    float largest = -std::numeric_limits<float>::infinity();
+    for (std::uint64_t bits = free_bits(t); bits != 0; bits &= bits - 1) {
+      largest = std::max(largest, logits[t * kTileKeys + std::countr_zero(bits)]);
+    }
+    s.order.push_back(largest);
+  }
+  const auto top = static_cast<std::size_t>(s_.n_top);
+  float least = -std::numeric_limits<float>::infinity();
+  if (top < s.order.size()) {
+    std::nth_element(s.order.begin(), s.order.begin() + static_cast<std::ptrdiff_t>(top - 1), s.order.end(),
+                     std::greater<>());
+    least = s.order[top - 1];
+  }
+  s.order.clear();
+  const auto candidates = [&](auto&& fn) {
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      const TileMass& mass = s.rest[static_cast<std::size_t>(t)];
+      if (!(mass.sum > 0.0f) || mass.top < least) continue;
+      for (std::uint64_t bits = free_bits(t); bits != 0; bits &= bits - 1) {
+        const std::int64_t key = t * kTileKeys + std::countr_zero(bits);
+        if (logits[key] >= least) fn(key);
+      }
+    }
+  };
+  candidates([&](std::int64_t key) { s.order.push_back(logits[key]); });
+  if (top < s.order.size()) {
+    std::nth_element(s.order.begin(), s.order.begin() + static_cast<std::ptrdiff_t>(top - 1), s.order.end(),
+                     std::greater<>());
+    least = s.order[top - 1];
+  }
+  // All above it, and of its equals the first ones.
+  auto equals = static_cast<std::int64_t>(top);
+  for (const float logit : s.order) equals -= logit > least ? 1 : 0;
+  std::vector<std::int64_t> chosen;
+  candidates([&](std::int64_t key) {
+    if (logits[key] > least || equals-- > 0) chosen.push_back(key);
+  });
+  for (const std::int64_t key : chosen) kept(key) |= std::uint64_t{1} << key % 64;
+}
+
+// The weights 2^(logit - top) of a tile's keys, 0 for those of `without`.
+void SampledDecode::open_tile(const float* logits, const TileMass& mass, std::uint64_t without, float* weights) const {
+  sampling_.weights(logits, mass.top, weights);
+  for (; without != 0; without &= without - 1) weights[std::countr_zero(without)] = 0.0f;
+}
+
+// One row's terms, ascending by key, appended to s.terms; its lse is written.
+void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t row, Scratch& s) const {
+  const Request& request = p_.requests[static_cast<std::size_t>(unit.request)];
+  const std::int64_t head = unit.head_of(row), query = unit.query_of(row), slot = request.q_first + query;
+  const std::int64_t tiles = state.tiles;
+  const float* logits = state.row_logits(row);
+  const TileMass* mass = state.row_mass(row);
+  const auto index = static_cast<std::int32_t>(row);
+
+  // The denominator, over all keys and the sink, relative to 2^base.
+  double highest = -kInfinity, total = 0.0;
+  bool nan = false;
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    nan |= std::isnan(mass[t].sum);
+    if (mass[t].sum > 0.0f) highest = std::max(highest, static_cast<double>(mass[t].top));
+  }
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    if (mass[t].sum > 0.0f) total += mass[t].sum * power(mass[t].top - static_cast<float>(highest));
+  }
+  const double sink = p_.sinks != nullptr ? p_.sinks[head] * kLog2e : -kInfinity;
+  const double base = std::max(highest, std::ceil(sink));
+  const double shift = highest == -kInfinity ? 0.0 : std::exp2(highest - base);
+  double denominator = total * shift + (sink == -kInfinity ? 0.0 : std::exp2(sink - base));
+  if (nan) denominator = std::numeric_limits<double>::quiet_NaN();
+  if (p_.lse != nullptr) {
+    const double lse = base == -kInfinity && !nan ? -kInfinity : (base + std::log2(denominator)) * kLn2;
+    static_cast<float*>(
+        p_.lse)[request.q_page * p_.lse_page_stride + head * p_.lse_head_stride + slot * p_.lse_slot_stride] =
+        static_cast<float>(lse);
+  }
+  if (nan) {
+    std::fill_n(s.out.data() + row * columns_, p_.v.dim, std::numeric_limits<float>::quiet_NaN());
+    return;
+  }
+  if (highest == -kInfinity) return;
+  // 2^(logit - top) is turned into a probability by this and 2^(top - highest).
+  const double normal = shift / denominator;
+
+  s.rest.assign(mass, mass + tiles);
+  s.kept.assign(static_cast<std::size_t>(tiles), 0);
+  if (s_.method == SamplingMethod::kExact) {
+    s.kept.assign(static_cast<std::size_t>(tiles), ~std::uint64_t{0});
+  } else if (s_.n_sink > 0 || s_.n_recent > 0 || s_.n_top > 0) {
+    keep(logits, tiles, s);
+  }
+  alignas(64) float weights[kTileKeys];
+  const std::size_t first_term = s.terms.size();
+  std::int64_t last_tile = -1, nonempty = 0;
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    TileMass& rest = s.rest[static_cast<std::size_t>(t)];
+    const std::uint64_t kept = s.kept[static_cast<std::size_t>(t)];
+    if (kept != 0 && rest.sum > 0.0f) {
+      open_tile(logits + t * kTileKeys, rest, ~kept, weights);
+      const double scale = power(rest.top - static_cast<float>(highest)) * normal;
+      for (int lane = 0; lane < kTileKeys; ++lane) {
+        if (weights[lane] == 0.0f) continue;
+        s.terms.push_back(
+            {static_cast<std::int32_t>(t * kTileKeys + lane), index, static_cast<float>(weights[lane] * scale)});
+      }
+      rest = kept == ~std::uint64_t{0} ? TileMass{} : sampling_.mass(logits + t * kTileKeys, ~kept);
+    }
+    if (rest.sum > 0.0f) {
+      last_tile = t;
+      ++nonempty;
+    }
+  }
+  if (last_tile < 0) return;
+  const std::size_t first_drawn = s.terms.size();
+
+  // Terms of the keys of tile t at which its prefix sums, in units of `unit_mass` from `before` on, reach the targets
+  // [m, count). Rounding may leave targets behind the last key: they are its own if `rest`.
+  const aggregate::Draws draws(s_, p_.sampled.offset, unit.request, head, query);
+  std::size_t m = 0;
+  const auto take = [&](std::int64_t t, double before, double after, double scale, double weight) {
+    open_tile(logits + t * kTileKeys, s.rest[static_cast<std::size_t>(t)], s.kept[static_cast<std::size_t>(t)],
+              weights);
+    double sum = 0.0;
+    int last = 0, n = 0;
+    for (int lane = 0; lane < kTileKeys && m < s.targets.size() && s.targets[m] <= after; ++lane) {
+      if (weights[lane] == 0.0f) continue;
+      if (n > 0) {
+        s.terms.push_back({static_cast<std::int32_t>(t * kTileKeys + last), index, static_cast<float>(n * weight)});
+        n = 0;
+      }
+      last = lane;
+      sum += weights[lane];
+      const double reached = before + scale * sum;
+      for (; m < s.targets.size() && s.targets[m] <= std::min(reached, after); ++m) ++n;
+    }
+    for (; m < s.targets.size() && s.targets[m] <= after; ++m) ++n;
+    if (n > 0) {
+      s.terms.push_back({static_cast<std::int32_t>(t * kTileKeys + last), index, static_cast<float>(n * weight)});
+    }
+  };
+
+  const auto samples = static_cast<double>(s_.samples);
+  if (s_.method == SamplingMethod::kSystematicTile) {
+    s.targets.resize(static_cast<std::size_t>(std::max<std::int64_t>(1, s_.samples / nonempty)));
+    const auto own = static_cast<double>(s.targets.size());
+    for (std::int64_t t = 0; t <= last_tile; ++t) {
+      const TileMass& rest = s.rest[static_cast<std::size_t>(t)];
+      if (!(rest.sum > 0.0f)) continue;
+      const double u = draws.value(t);
+      for (std::size_t i = 0; i < s.targets.size(); ++i) {
+        s.targets[i] = (static_cast<double>(i) + u) / own * rest.sum;
+      }
+      m = 0;
+      take(t, 0.0, kInfinity, 1.0, rest.sum * power(rest.top - static_cast<float>(highest)) * normal / own);
+    }
+  } else {
+    double sampled = 0.0;
+    for (std::int64_t t = 0; t <= last_tile; ++t) {
+      const TileMass& rest = s.rest[static_cast<std::size_t>(t)];
+      if (rest.sum > 0.0f) sampled += rest.sum * power(rest.top - static_cast<float>(highest));
+    }
+    s.targets.resize(static_cast<std::size_t>(s_.samples));
+    const double shared = s_.method == SamplingMethod::kSystematic ? draws.value(0) : 0.0;
+    for (std::int64_t i = 0; i < s_.samples; ++i) {
+      const double u = s_.method == SamplingMethod::kSystematic ? shared : draws.value(i);
+      const double f = s_.method == SamplingMethod::kIid ? u : (static_cast<double>(i) + u) / samples;
+      s.targets[static_cast<std::size_t>(i)] = f * sampled;
+    }
+    if (s_.method == SamplingMethod::kIid) std::sort(s.targets.begin(), s.targets.end());
+    double before = 0.0;
+    for (std::int64_t t = 0; t <= last_tile && m < s.targets.size(); ++t) {
+      const TileMass& rest = s.rest[static_cast<std::size_t>(t)];
+      if (!(rest.sum > 0.0f)) continue;
+      const double scale = power(rest.top - static_cast<float>(highest));
+      const double after = t == last_tile ? kInfinity : before + rest.sum * scale;
+      if (s.targets[m] <= after) take(t, before, after, scale, sampled * normal / samples);
+      before = after;
+    }
+  }
+  // The kept keys' terms come first: one ascending run.
+  const auto at = [&](std::size_t i) { return s.terms.begin() + static_cast<std::ptrdiff_t>(i); };
+  const auto by_key = [](const ValueTerm& a, const ValueTerm& b) { return a.key < b.key; };
+  if (first_drawn > first_term) std::inplace_merge(at(first_term), at(first_drawn), s.terms.end(), by_key);
+}
+
+// The rows' ascending runs as one, equal keys in the order of the rows.
+void SampledDecode::merge_terms(Scratch& s) const {
+  const auto by_key = [](const ValueTerm& a, const ValueTerm& b) { return a.key < b.key; };
+  s.merged.resize(s.terms.size());
+  while (s.runs.size() > 2) {  // bounds of the runs
+    std::vector<std::size_t>& runs = s.runs;
+    std::size_t kept = 1;
+    for (std::size_t i = 0; i + 1 < runs.size(); i += 2) {
+      const auto at = [&](std::size_t n) { return s.terms.begin() + static_cast<std::ptrdiff_t>(n); };
+      const std::size_t a = runs[i], b = runs[i + 1], c = i + 2 < runs.size() ? runs[i + 2] : b;
+      std::merge(at(a), at(b), at(b), at(c), s.merged.begin() + static_cast<std::ptrdiff_t>(a), by_key);
+      runs[kept++] = c;
+    }
+    runs.resize(kept);
+    s.terms.swap(s.merged);
+  }
+}
+
+void SampledDecode::draw(const Unit& unit, UnitState& state, Scratch& s) const {
+  const Request& request = p_.requests[static_cast<std::size_t>(unit.request)];
+  s.out.assign(static_cast<std::size_t>(state.rows * columns_), 0.0f);
+  s.terms.clear();
+  s.runs.assign(1, 0);
+  for (std::int64_t row = 0; row < state.rows; ++row) {
+    draw_row(unit, state, row, s);
+    s.runs.push_back(s.terms.size());
+  }
+  merge_terms(s);
+  s.values.resize(s.terms.size());
+  std::int64_t distinct = 0;
+  const std::byte* held = nullptr;
+  for (std::size_t i = 0; i < s.terms.size(); ++i) {
+    const Place at = place(unit, s.terms[i].key);
+    s.values[i] = p_.v.row(at.page, unit.kv_head, at.slot);
+    s.terms[i].weight *= p_.v.scale_of(at.page, unit.kv_head, at.slot);
+    distinct += s.values[i] != held ? 1 : 0;
+    held = s.values[i];
+  }
+  count(p_.sampled.reads.v_rows, unit, distinct);
+  sampling_.add_values(s.terms.data(), s.values.data(), static_cast<std::int64_t>(s.terms.size()), p_.v.dtype, p_.v.dim,
+                       s.out.data(), columns_);
+  for (std::int64_t row = 0; row < state.rows; ++row) {
+    tile_.write_row(s.out.data() + row * columns_, 1.0f, p_.v.dim, p_.out.dtype,
+                    p_.out.row(request.q_page, unit.head_of(row), request.q_first + unit.query_of(row)));
+  }
+}
+
+}  // namespace
+
+void sampled(const Problem& problem) { SampledDecode(problem).run(); }
+
+}  // namespace heddle::host
