@@ -12,7 +12,9 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "aggregate/draws.h"
@@ -32,6 +34,7 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();  // below it there is only -inf: keys not seen
 constexpr std::size_t kLogitBudget = std::size_t{64} << 20;  // bytes held at a time, if a unit needs no more by itself
 constexpr std::int64_t kSplitKeys = 2048;
 constexpr int kGatherTiles = 16;  // tiles whose keys are looked up at a time: the stream kernels fetch ahead among them
@@ -66,11 +69,10 @@ struct Scratch {
   std::vector<const std::byte*> keys;
   std::vector<float> key_scale, scores;
   std::vector<std::uint64_t> bits;
-  std::vector<double> row, prefix, targets;
+  std::vector<double> row, share, targets;
   std::vector<std::int8_t> counts;
-  std::vector<TileMass> rest;
   std::vector<std::uint64_t> kept;
-  std::vector<float> order;
+  std::vector<float> tops, order;
   std::vector<ValueTerm> terms, merged;
   std::vector<std::size_t> runs;
   std::vector<const std::byte*> values;
@@ -107,8 +109,7 @@ class SampledDecode {
              Scratch& s) const;
   void draw(const Unit& unit, UnitState& state, Scratch& s) const;
   void draw_row(const Unit& unit, UnitState& state, std::int64_t row, Scratch& s) const;
-  void keep(const float* logits, std::int64_t tiles, Scratch& s) const;
-  void open_tile(const float* logits, const TileMass& mass, std::uint64_t without, float* weights) const;
+  void keep(const float* logits, Scratch& s) const;
   void merge_terms(Scratch& s) const;
 
   std::int64_t split_size() const {
@@ -430,109 +431,94 @@ void SampledDecode::score(const Unit& unit, UnitState& state, std::int64_t row_t
         read * (by_feature ? static_cast<std::int64_t>(features.index.size()) : p_.k.dim));
 }
 
-// s.kept: 64 bits a tile of the keys that are read exactly.
-void SampledDecode::keep(const float* logits, std::int64_t tiles, Scratch& s) const {
-  const auto seen = [&](std::int64_t key) {
-    return s.rest[static_cast<std::size_t>(key / kTileKeys)].sum > 0.0f &&
-           logits[key] > -std::numeric_limits<float>::infinity();
+// s.kept: 64 bits a tile of the keys that are read exactly. s.share and s.tops say which tiles hold anything, and up to
+// what.
+void SampledDecode::keep(const float* logits, Scratch& s) const {
+  const std::size_t tiles = s.share.size();
+  // The keys of a tile whose logits are at least this; by default all that are seen.
+  const auto keys_of = [&](std::size_t t, float least = kLowest) {
+    return s.share[t] > 0.0 ? sampling_.at_least(logits + t * kTileKeys, least) : 0;
   };
-  const auto kept = [&](std::int64_t key) -> std::uint64_t& { return s.kept[static_cast<std::size_t>(key / 64)]; };
-  const std::int64_t keys = tiles * kTileKeys;
   std::int64_t left = s_.n_sink;
-  for (std::int64_t key = 0; key < keys && left > 0; ++key) {
-    if (!seen(key)) continue;
-    kept(key) |= std::uint64_t{1} << key % 64;
-    --left;
+  for (std::size_t t = 0; t < tiles && left > 0; ++t) {
+    for (std::uint64_t bits = keys_of(t); bits != 0 && left > 0; bits &= bits - 1, --left) {
+      s.kept[t] |= bits & (~bits + 1);
+    }
   }
   left = s_.n_recent;
-  for (std::int64_t key = keys - 1; key >= 0 && left > 0; --key) {
-    if (!seen(key)) continue;
-    kept(key) |= std::uint64_t{1} << key % 64;
-    --left;
+  for (std::size_t t = tiles; t-- > 0 && left > 0;) {
+    for (std::uint64_t bits = keys_of(t); bits != 0 && left > 0; --left) {
+      const std::uint64_t last = std::uint64_t{1} << (63 - std::countl_zero(bits));
+      s.kept[t] |= last;
+      bits &= ~last;
+    }
   }
   if (s_.n_top == 0) return;
-  const auto free_bits = [&](std::int64_t t) {
-    std::uint64_t bits = 0;
-    for (int lane = 0; lane < kTileKeys; ++lane) bits |= std::uint64_t{seen(t * kTileKeys + lane)} << lane;
-    return bits & ~s.kept[static_cast<std::size_t>(t)];
-  };
-  // The largest logits of n_top tiles are n_top keys: none below the least of them is among the largest. Tiles whose
-  // rounded-up maximum is below it need not be opened.
-  s.order.clear();
-  for (std::int64_t t = 0; t < tiles; ++t) {
-    if (!(s.rest[static_cast<std::size_t>(t)].sum > 0.0f)) continue;
-    float largest = -std::numeric_limits<float>::infinity();
-    for (std::uint64_t bits = free_bits(t); bits != 0; bits &= bits - 1) {
-      largest = std::max(largest, logits[t * kTileKeys + std::countr_zero(bits)]);
-    }
-    s.order.push_back(largest);
-  }
+
+  // The largest free logits of n tiles are n keys: none below the least of these is among the n largest.
   const auto top = static_cast<std::size_t>(s_.n_top);
-  float least = -std::numeric_limits<float>::infinity();
-  if (top < s.order.size()) {
-    std::nth_element(s.order.begin(), s.order.begin() + static_cast<std::ptrdiff_t>(top - 1), s.order.end(),
-                     std::greater<>());
-    least = s.order[top - 1];
-  }
+  const auto raise = [&](float& least) {
+    if (s.order.size() <= top) return;
+    const auto nth = s.order.begin() + static_cast<std::ptrdiff_t>(top - 1);
+    std::nth_element(s.order.begin(), nth, s.order.end(), std::greater<>());
+    least = std::max(least, *nth);
+  };
+  float least = kLowest;
   s.order.clear();
+  for (std::size_t t = 0; t < tiles; ++t) {
+    if (s.share[t] > 0.0) s.order.push_back(sampling_.largest(logits + t * kTileKeys, ~s.kept[t]));
+  }
+  raise(least);
   const auto candidates = [&](auto&& fn) {
-    for (std::int64_t t = 0; t < tiles; ++t) {
-      const TileMass& mass = s.rest[static_cast<std::size_t>(t)];
-      if (!(mass.sum > 0.0f) || mass.top < least) continue;
-      for (std::uint64_t bits = free_bits(t); bits != 0; bits &= bits - 1) {
-        const std::int64_t key = t * kTileKeys + std::countr_zero(bits);
-        if (logits[key] >= least) fn(key);
+    for (std::size_t t = 0; t < tiles; ++t) {
+      if (s.tops[t] < least) continue;  // rounded up, so nothing of it reaches
+      for (std::uint64_t bits = keys_of(t, least) & ~s.kept[t]; bits != 0; bits &= bits - 1) {
+        const int lane = std::countr_zero(bits);
+        fn(t, lane, logits[t * kTileKeys + static_cast<std::size_t>(lane)]);
       }
     }
   };
-  candidates([&](std::int64_t key) { s.order.push_back(logits[key]); });
-  if (top < s.order.size()) {
-    std::nth_element(s.order.begin(), s.order.begin() + static_cast<std::ptrdiff_t>(top - 1), s.order.end(),
-                     std::greater<>());
-    least = s.order[top - 1];
-  }
+  s.order.clear();
+  candidates([&](std::size_t, int, float logit) { s.order.push_back(logit); });
+  raise(least);
   // All above it, and of its equals the first ones.
-  auto equals = static_cast<std::int64_t>(top);
+  std::int64_t equals = s_.n_top;
   for (const float logit : s.order) equals -= logit > least ? 1 : 0;
-  std::vector<std::int64_t> chosen;
-  candidates([&](std::int64_t key) {
-    if (logits[key] > least || equals-- > 0) chosen.push_back(key);
+  candidates([&](std::size_t t, int lane, float logit) {
+    if (logit > least || equals-- > 0) s.kept[t] |= std::uint64_t{1} << lane;
   });
-  for (const std::int64_t key : chosen) kept(key) |= std::uint64_t{1} << key % 64;
-}
-
-// The weights 2^(logit - top) of a tile's keys, 0 for those of `without`.
-void SampledDecode::open_tile(const float* logits, const TileMass& mass, std::uint64_t without, float* weights) const {
-  sampling_.weights(logits, mass.top, weights);
-  for (; without != 0; without &= without - 1) weights[std::countr_zero(without)] = 0.0f;
 }
 
 // One row's terms, ascending by key, appended to s.terms; its lse is written.
 void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t row, Scratch& s) const {
   const Request& request = p_.requests[static_cast<std::size_t>(unit.request)];
   const std::int64_t head = unit.head_of(row), query = unit.query_of(row), slot = request.q_first + query;
-  const std::int64_t tiles = state.tiles;
+  const auto tiles = static_cast<std::size_t>(state.tiles);
   const float* logits = state.row_logits(row);
   const TileMass* mass = state.row_mass(row);
   const auto index = static_cast<std::int32_t>(row);
 
-  // The denominator, over all keys and the sink, relative to 2^base.
-  double highest = -kInfinity, total = 0.0;
-  bool nan = false;
-  for (std::int64_t t = 0; t < tiles; ++t) {
-    nan |= std::isnan(mass[t].sum);
-    if (mass[t].sum > 0.0f) highest = std::max(highest, static_cast<double>(mass[t].top));
+  // The denominator, over all keys and the sink, relative to 2^base; s.share are the tiles' masses relative to
+  // 2^highest.
+  float highest = -std::numeric_limits<float>::infinity(), any = 0.0f;
+  for (std::size_t t = 0; t < tiles; ++t) {
+    highest = std::max(highest, mass[t].top);
+    any += mass[t].sum;
   }
-  for (std::int64_t t = 0; t < tiles; ++t) {
-    if (mass[t].sum > 0.0f) total += mass[t].sum * power(mass[t].top - static_cast<float>(highest));
+  const bool nan = std::isnan(any);
+  double total = 0.0;
+  s.share.resize(tiles);
+  for (std::size_t t = 0; t < tiles; ++t) {
+    s.share[t] = mass[t].sum > 0.0f ? mass[t].sum * power(mass[t].top - highest) : 0.0;
+    total += s.share[t];
   }
   const double sink = p_.sinks != nullptr ? p_.sinks[head] * kLog2e : -kInfinity;
-  const double base = std::max(highest, std::ceil(sink));
-  const double shift = highest == -kInfinity ? 0.0 : std::exp2(highest - base);
+  const double base = std::max(static_cast<double>(highest), std::ceil(sink));
+  const double shift = total > 0.0 ? std::exp2(highest - base) : 0.0;
   double denominator = total * shift + (sink == -kInfinity ? 0.0 : std::exp2(sink - base));
   if (nan) denominator = std::numeric_limits<double>::quiet_NaN();
   if (p_.lse != nullptr) {
-    const double lse = base == -kInfinity && !nan ? -kInfinity : (base + std::log2(denominator)) * kLn2;
+    const double lse = denominator == 0.0 ? -kInfinity : (base + std::log2(denominator)) * kLn2;
     static_cast<float*>(
         p_.lse)[request.q_page * p_.lse_page_stride + head * p_.lse_head_stride + slot * p_.lse_slot_stride] =
         static_cast<float>(lse);
@@ -541,87 +527,80 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
     std::fill_n(s.out.data() + row * columns_, p_.v.dim, std::numeric_limits<float>::quiet_NaN());
     return;
   }
-  if (highest == -kInfinity) return;
-  // 2^(logit - top) is turned into a probability by this and 2^(top - highest).
-  const double normal = shift / denominator;
+  if (total == 0.0) return;
+  const double normal = shift / denominator;  // makes a probability of what is relative to 2^highest
 
-  s.rest.assign(mass, mass + tiles);
-  s.kept.assign(static_cast<std::size_t>(tiles), 0);
-  if (s_.method == SamplingMethod::kExact) {
-    s.kept.assign(static_cast<std::size_t>(tiles), ~std::uint64_t{0});
-  } else if (s_.n_sink > 0 || s_.n_recent > 0 || s_.n_top > 0) {
-    keep(logits, tiles, s);
-  }
-  alignas(64) float weights[kTileKeys];
+  alignas(64) float weights[kTileKeys], prefix[kTileKeys];
+  const auto add = [&](std::size_t t, int lane, double weight) {
+    s.terms.push_back({static_cast<std::int32_t>(t * kTileKeys) + lane, index, static_cast<float>(weight)});
+  };
   const std::size_t first_term = s.terms.size();
-  std::int64_t last_tile = -1, nonempty = 0;
-  for (std::int64_t t = 0; t < tiles; ++t) {
-    TileMass& rest = s.rest[static_cast<std::size_t>(t)];
-    const std::uint64_t kept = s.kept[static_cast<std::size_t>(t)];
-    if (kept != 0 && rest.sum > 0.0f) {
-      open_tile(logits + t * kTileKeys, rest, ~kept, weights);
-      const double scale = power(rest.top - static_cast<float>(highest)) * normal;
-      for (int lane = 0; lane < kTileKeys; ++lane) {
-        if (weights[lane] == 0.0f) continue;
-        s.terms.push_back(
-            {static_cast<std::int32_t>(t * kTileKeys + lane), index, static_cast<float>(weights[lane] * scale)});
+  // What may be drawn: everything, less the keys that are read exactly.
+  double sampled = total;
+  const bool keeps = s_.method == SamplingMethod::kExact || s_.n_sink > 0 || s_.n_recent > 0 || s_.n_top > 0;
+  s.kept.assign(tiles, s_.method == SamplingMethod::kExact ? ~std::uint64_t{0} : 0);
+  s.tops.resize(tiles);
+  for (std::size_t t = 0; t < tiles; ++t) s.tops[t] = mass[t].top;
+  if (keeps) {
+    if (s_.method != SamplingMethod::kExact) keep(logits, s);
+    sampled = 0.0;
+    for (std::size_t t = 0; t < tiles; ++t) {
+      const std::uint64_t kept = s.kept[t];
+      if (kept != 0 && s.share[t] > 0.0) {
+        sampling_.weights(logits + t * kTileKeys, kept, mass[t].top, weights, prefix);
+        const double scale = power(mass[t].top - highest) * normal;
+        for (int lane = 0; lane < kTileKeys; ++lane) {
+          if (weights[lane] > 0.0f) add(t, lane, weights[lane] * scale);
+        }
+        const TileMass rest = sampling_.mass(logits + t * kTileKeys, ~kept);
+        s.tops[t] = rest.top;
+        s.share[t] = rest.sum > 0.0f ? rest.sum * power(rest.top - highest) : 0.0;
       }
-      rest = kept == ~std::uint64_t{0} ? TileMass{} : sampling_.mass(logits + t * kTileKeys, ~kept);
-    }
-    if (rest.sum > 0.0f) {
-      last_tile = t;
-      ++nonempty;
+      sampled += s.share[t];
     }
   }
-  if (last_tile < 0) return;
+  if (sampled == 0.0) return;
   const std::size_t first_drawn = s.terms.size();
 
-  // Terms of the keys of tile t at which its prefix sums, in units of `unit_mass` from `before` on, reach the targets
-  // [m, count). Rounding may leave targets behind the last key: they are its own if `rest`.
-  const aggregate::Draws draws(s_, p_.sampled.offset, unit.request, head, query);
-  std::size_t m = 0;
-  const auto take = [&](std::int64_t t, double before, double after, double scale, double weight) {
-    open_tile(logits + t * kTileKeys, s.rest[static_cast<std::size_t>(t)], s.kept[static_cast<std::size_t>(t)],
-              weights);
-    double sum = 0.0;
-    int last = 0, n = 0;
-    for (int lane = 0; lane < kTileKeys && m < s.targets.size() && s.targets[m] <= after; ++lane) {
-      if (weights[lane] == 0.0f) continue;
-      if (n > 0) {
-        s.terms.push_back({static_cast<std::int32_t>(t * kTileKeys + last), index, static_cast<float>(n * weight)});
-        n = 0;
+  // Adds the keys of tile t at which the prefix sums from `before` on reach the targets [m, last).
+  const auto take = [&](std::size_t t, double before, std::size_t m, std::size_t last, double weight) {
+    sampling_.weights(logits + t * kTileKeys, ~s.kept[t], s.tops[t], weights, prefix);
+    const double scale = power(s.tops[t] - highest);
+    int drawn = -1, times = 0;
+    for (; m < last; ++m) {
+      const auto target = static_cast<float>((s.targets[m] - before) / scale);
+      int lane = 0;
+      for (int i = 0; i < kTileKeys; ++i) lane += prefix[i] < target ? 1 : 0;
+      // Rounding may have passed the last key, or stopped at one without weight.
+      lane = std::min(lane, kTileKeys - 1);
+      while (lane > 0 && weights[lane] == 0.0f) --lane;
+      while (weights[lane] == 0.0f) ++lane;
+      if (lane != drawn) {
+        if (times > 0) add(t, drawn, times * weight);
+        drawn = lane;
+        times = 0;
       }
-      last = lane;
-      sum += weights[lane];
-      const double reached = before + scale * sum;
-      for (; m < s.targets.size() && s.targets[m] <= std::min(reached, after); ++m) ++n;
+      ++times;
     }
-    for (; m < s.targets.size() && s.targets[m] <= after; ++m) ++n;
-    if (n > 0) {
-      s.terms.push_back({static_cast<std::int32_t>(t * kTileKeys + last), index, static_cast<float>(n * weight)});
-    }
+    add(t, drawn, times * weight);
   };
 
+  const aggregate::Draws draws(s_, p_.sampled.offset, unit.request, head, query);
   const auto samples = static_cast<double>(s_.samples);
   if (s_.method == SamplingMethod::kSystematicTile) {
+    const auto nonempty =
+        static_cast<std::int64_t>(std::count_if(s.share.begin(), s.share.end(), [](double x) { return x > 0.0; }));
     s.targets.resize(static_cast<std::size_t>(std::max<std::int64_t>(1, s_.samples / nonempty)));
     const auto own = static_cast<double>(s.targets.size());
-    for (std::int64_t t = 0; t <= last_tile; ++t) {
-      const TileMass& rest = s.rest[static_cast<std::size_t>(t)];
-      if (!(rest.sum > 0.0f)) continue;
-      const double u = draws.value(t);
+    for (std::size_t t = 0; t < tiles; ++t) {
+      if (s.share[t] == 0.0) continue;
+      const double u = draws.value(static_cast<std::int64_t>(t));
       for (std::size_t i = 0; i < s.targets.size(); ++i) {
-        s.targets[i] = (static_cast<double>(i) + u) / own * rest.sum;
+        s.targets[i] = (static_cast<double>(i) + u) / own * s.share[t];
       }
-      m = 0;
-      take(t, 0.0, kInfinity, 1.0, rest.sum * power(rest.top - static_cast<float>(highest)) * normal / own);
+      take(t, 0.0, 0, s.targets.size(), s.share[t] * normal / own);
     }
   } else {
-    double sampled = 0.0;
-    for (std::int64_t t = 0; t <= last_tile; ++t) {
-      const TileMass& rest = s.rest[static_cast<std::size_t>(t)];
-      if (rest.sum > 0.0f) sampled += rest.sum * power(rest.top - static_cast<float>(highest));
-    }
     s.targets.resize(static_cast<std::size_t>(s_.samples));
     const double shared = s_.method == SamplingMethod::kSystematic ? draws.value(0) : 0.0;
     for (std::int64_t i = 0; i < s_.samples; ++i) {
@@ -630,17 +609,21 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
       s.targets[static_cast<std::size_t>(i)] = f * sampled;
     }
     if (s_.method == SamplingMethod::kIid) std::sort(s.targets.begin(), s.targets.end());
+    std::size_t last_tile = tiles - 1;
+    while (s.share[last_tile] == 0.0) --last_tile;
     double before = 0.0;
-    for (std::int64_t t = 0; t <= last_tile && m < s.targets.size(); ++t) {
-      const TileMass& rest = s.rest[static_cast<std::size_t>(t)];
-      if (!(rest.sum > 0.0f)) continue;
-      const double scale = power(rest.top - static_cast<float>(highest));
-      const double after = t == last_tile ? kInfinity : before + rest.sum * scale;
-      if (s.targets[m] <= after) take(t, before, after, scale, sampled * normal / samples);
+    for (std::size_t t = 0, m = 0; m < s.targets.size(); ++t) {
+      // The last tile takes what rounding has left.
+      const double after = t == last_tile ? kInfinity : before + s.share[t];
+      std::size_t last = m;
+      while (last < s.targets.size() && s.targets[last] <= after) ++last;
+      if (last > m && s.share[t] > 0.0) {
+        take(t, before, m, last, sampled * normal / samples);
+        m = last;
+      }
       before = after;
     }
   }
-  // The kept keys' terms come first: one ascending run.
   const auto at = [&](std::size_t i) { return s.terms.begin() + static_cast<std::ptrdiff_t>(i); };
   const auto by_key = [](const ValueTerm& a, const ValueTerm& b) { return a.key < b.key; };
   if (first_drawn > first_term) std::inplace_merge(at(first_term), at(first_drawn), s.terms.end(), by_key);

@@ -56,8 +56,11 @@ struct SamplingKernels {
   void (*feature_scores)(const FeatureRun& run) = nullptr;
   // The mass of the keys of one tile whose bit is set.
   TileMass (*mass)(const float* logits, std::uint64_t bits) = nullptr;
-  // 2^(logit - top), 64 of them.
-  void (*weights)(const float* logits, float top, float* weights) = nullptr;
+  // The largest logit whose bit is set, and the keys whose logits are at least so large.
+  float (*largest)(const float* logits, std::uint64_t bits) = nullptr;
+  std::uint64_t (*at_least)(const float* logits, float least) = nullptr;
+  // weights[i] = 2^(logit - top), or 0 where the bit is not set, and their sums from the first on: 64 each.
+  void (*weights)(const float* logits, std::uint64_t bits, float top, float* weights, float* prefix) = nullptr;
   // o[term.row] += term.weight * row of V, in the order of the terms; values[i] is where the row of term i lies.
   void (*add_values)(const ValueTerm* terms, const std::byte* const* values, std::int64_t count, DType dtype,
                      std::int64_t dim, float* o, std::int64_t columns) = nullptr;

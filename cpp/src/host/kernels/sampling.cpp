@@ -52,9 +52,58 @@ TileMass mass(const float* logits, std::uint64_t bits) {
   return mass_of([&](int n) { return select(lane_bits(bits, n), load(logits + n * kWidth), negative_infinity()); });
 }
 
-void weights(const float* logits, float top, float* out) {
+float largest(const float* logits, std::uint64_t bits) {
+  F highest = negative_infinity();
   HEDDLE_UNROLL
-  for (int n = 0; n < kVectors; ++n) store(out + n * kWidth, exp2<5>(load(logits + n * kWidth) - set1(top)));
+  for (int n = 0; n < kVectors; ++n) {
+    highest = max(select(lane_bits(bits, n), load(logits + n * kWidth), negative_infinity()), highest);
+  }
+  return reduce_max(highest);
+}
+
+std::uint64_t at_least(const float* logits, float least) {
+  std::uint64_t bits = 0;
+  for (int n = 0; n < kVectors; ++n) {
+#if HEDDLE_ISA_LEVEL >= 2
+    const __m512 x = _mm512_loadu_ps(logits + n * kWidth);
+    const std::uint64_t lanes = _mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_GE_OQ);
+#else
+    std::uint64_t lanes = 0;
+    for (int i = 0; i < kWidth; ++i) lanes |= std::uint64_t{logits[n * kWidth + i] >= least} << i;
+#endif
+    bits |= lanes << (n * kWidth);
+  }
+  return bits;
+}
+
+// The sums of x's lanes up to each.
+HEDDLE_INLINE F sums_within(F x) {
+#if HEDDLE_ISA_LEVEL >= 2
+  const __m512i zero = _mm512_setzero_si512();
+  x = x + (F)_mm512_alignr_epi32((__m512i)x, zero, 15);
+  x = x + (F)_mm512_alignr_epi32((__m512i)x, zero, 14);
+  x = x + (F)_mm512_alignr_epi32((__m512i)x, zero, 12);
+  return x + (F)_mm512_alignr_epi32((__m512i)x, zero, 8);
+#else
+  for (int i = 1; i < kWidth; ++i) x[i] += x[i - 1];
+  return x;
+#endif
+}
+
+void weights(const float* logits, std::uint64_t bits, float top, float* out, float* prefix) {
+  F sums[kVectors];
+  HEDDLE_UNROLL
+  for (int n = 0; n < kVectors; ++n) {
+    const F x = select(lane_bits(bits, n), exp2<5>(load(logits + n * kWidth) - set1(top)), F{});
+    store(out + n * kWidth, x);
+    sums[n] = sums_within(x);
+  }
+  float before = 0.0f;
+  HEDDLE_UNROLL
+  for (int n = 0; n < kVectors; ++n) {
+    store(prefix + n * kWidth, sums[n] + set1(before));
+    before += sums[n][kWidth - 1];
+  }
 }
 
 // Features by sixteen: converted once, then multiplied for four rows at a time with the sums in registers.
@@ -127,7 +176,12 @@ void add_values(const ValueTerm* terms, const std::byte* const* values, std::int
 }  // namespace
 
 extern const SamplingKernels kSamplingKernels;
-const SamplingKernels kSamplingKernels{
-    .logits = logits, .feature_scores = feature_scores, .mass = mass, .weights = weights, .add_values = add_values};
+const SamplingKernels kSamplingKernels{.logits = logits,
+                                       .feature_scores = feature_scores,
+                                       .mass = mass,
+                                       .largest = largest,
+                                       .at_least = at_least,
+                                       .weights = weights,
+                                       .add_values = add_values};
 
 }  // namespace heddle::host::HEDDLE_ISA
