@@ -124,6 +124,18 @@ def make_points(shrink: int) -> Iterator[Point]:
         lines += [Line(f"{at[kind]}/fp32", f"heddle {kind}", "heddle fp32", least) for kind, least in targets.items()]
         lines += [Line(f"{at[kind]}/torch", f"heddle {kind}", f"PyTorch {kind}") for kind in DTYPES]
         yield Point(f"decode/1x{length}/page{page_size}", tuple(lines), partial(_decode, length, page_size), cold=True)
+    length, samples = 32768 // shrink, 128
+    kinds = ("fp32", "bf16", "int8-b", "int8-a", "fp8")
+    lines = [
+        Line(
+            f"sampled/{kind}/1x{length}/page64",
+            f"heddle {kind} sampled",
+            f"heddle {kind}",
+            1.6 if kind != "fp8" else None,
+        )
+        for kind in kinds
+    ]
+    yield Point(f"sampled/1x{length}", tuple(lines), partial(_sampled, length, samples, kinds), cold=True)
 
 
 def _prefill(length: int, dim: int, causal: bool, dtype: str) -> dict[str, Call]:
@@ -213,6 +225,27 @@ def _decode(length: int, page_size: int) -> dict[str, Call]:
             partial(heddle.decode, query, cache, table, lengths), read_bytes, "byte", tolerance=TOLERANCES[kind]
         )
         calls[f"read of {kind}"] = Call(partial(_read, stored), read_bytes, "byte")
+    return calls
+
+
+def _sampled(length: int, samples: int, kinds: Sequence[str]) -> dict[str, Call]:
+    """The same decode over all values and over those that S2ANTA draws, whose bytes are counted as they were read."""
+    q_heads, kv_heads, dim, page_size = 32, 8, 128, 64
+    pages = -(-length // page_size)
+    table = torch.randperm(pages, dtype=torch.int32)[None]
+    lengths = torch.tensor([length], dtype=torch.int32)
+    q, k, v = (torch.randn(1, s, h, dim) for s, h in ((1, q_heads), (length, kv_heads), (length, kv_heads)))
+    sampling = heddle.Sampling("systematic", samples)
+    calls = {}
+    for kind in kinds:
+        cache = heddle.KVCache(pages, page_size, kv_heads, dim, format=kind)
+        cache.append(k, v, table, torch.zeros(1, dtype=torch.int32))
+        decode = partial(heddle.decode, q if kind == "fp32" else q.bfloat16(), cache, table, lengths)
+        _, (v_rows, _) = decode(sampling=sampling, return_reads=True)
+        every = float(sum(x.nbytes for x in _arrays_read(cache)))
+        drawn = every - cache.v.nbytes * (1 - v_rows.sum().item() / (length * kv_heads))
+        calls[f"heddle {kind}"] = Call(decode, every, "byte", tolerance=TOLERANCES[kind])
+        calls[f"heddle {kind} sampled"] = Call(partial(decode, sampling=sampling), drawn, "byte")
     return calls
 
 
@@ -414,6 +447,7 @@ TITLES = {
     "decode/read": "Decode of one token, 32/8 heads of 128, cache in memory, against a read of the same bytes",
     "decode/fp32": "The same decode, against an fp32 cache",
     "decode/torch": "The same decode, against PyTorch's scaled_dot_product_attention on contiguous keys and values",
+    "sampled": "Decode that draws 128 values a head (systematic), against the same cache read whole",
     "memory": "Peak memory beyond inputs and output, causal, 2 heads of 128",
 }
 

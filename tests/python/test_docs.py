@@ -188,6 +188,20 @@ def groups(backend):
         attend(backend, *arrays(q_heads=q_heads, kv_heads=kv_heads, dim_v=dim_v))
 
 
+def sampled(backend, format="fp32", **options):
+    q, k, v = arrays()
+    cache = heddle.KVCache(8, 4, 2, 8, format=format, feature_major=True)
+    pages = np.arange(8, dtype=np.int32).reshape(2, 4)
+    lengths = cache.append(k, v, pages, np.zeros(2, np.int32))
+    for method in ("iid", "stratified", "systematic", "systematic_tile"):
+        check(heddle.decode(q, cache, pages, lengths, sampling=heddle.Sampling(method, 4, **options), backend=backend))
+
+
+def bernoulli(backend):
+    for queries in (4, ("stratified", 4)):
+        sampled(backend, "int8-a", bernoulli=queries)
+
+
 def merged(backend):
     parts = [heddle.attention(*arrays(), return_lse=True) for _ in range(2)]
     for part in heddle.merge([out for out, _ in parts], [lse for _, lse in parts], backend=backend):
@@ -218,6 +232,10 @@ ROWS: dict[str, Callable[[str], None]] = {
     "softcap, sinks, lse": softmax_options,
     "group sizes of any kind, Dv other than D": groups,
     "head dimensions above 576": lambda backend: attend(backend, *arrays(dim=600)),
+    "sampled values: iid, stratified, systematic, by tile; kept keys": lambda backend: sampled(
+        backend, n_sink=1, n_recent=1, n_top=1
+    ),
+    "Bernoulli scores": bernoulli,
     "merge of partial results": merged,
     "tile, static, stealing; split size": schedules,
 }

@@ -148,7 +148,9 @@ def test_groups_and_queries(rng, engine, method, q_len, group):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("keep", [(3, 0, 0), (0, 5, 0), (0, 0, 1), (0, 0, 3), (0, 0, 7), (4, 6, 9), (100, 100, 0), (0, 0, 1000)])
+@pytest.mark.parametrize(
+    "keep", [(3, 0, 0), (0, 5, 0), (0, 0, 1), (0, 0, 3), (0, 0, 7), (4, 6, 9), (100, 100, 0), (0, 0, 1000)]
+)
 def test_kept_keys(rng, engine, method, keep):
     setup = Setup(rng, [150, 500, 3], q_heads=2, kv_heads=1, spread=1.0)
     options = dict(zip(("n_sink", "n_recent", "n_top"), keep, strict=True))

@@ -381,7 +381,11 @@ void SampledDecode::score(const Unit& unit, UnitState& state, std::int64_t row_t
       for_runs(unit, visit.tile * kTileKeys, visit.bits, [&](int lane, std::int64_t run, const Place& at) {
         const std::byte* key = p_.k.row(at.page, unit.kv_head, at.slot);
         for (std::int64_t i = 0; i < run; ++i) keys[lane + i] = key + i * p_.k.slot_stride;
-        for (std::int64_t i = 0; key_scales && i < run; ++i) {
+        if (p_.k.partition == 1) {
+          const float* own = p_.k.scale + at.page * p_.k.scale_page_stride + unit.kv_head * p_.k.scale_head_stride;
+          for (std::int64_t i = 0; i < run; ++i) scale[lane + i] = own[(at.slot + i) * p_.k.scale_group_stride];
+        }
+        for (std::int64_t i = 0; p_.k.partition > 1 && i < run; ++i) {
           scale[lane + i] = p_.k.scale_of(at.page, unit.kv_head, at.slot + i);
         }
       });
