@@ -46,6 +46,7 @@ PYBIND11_MODULE(_core, m) {
   bind_sampling(m);
   bind_cache(m);
   bind_advise(m);
+  bind_trace(m);
 }
 
 }  // namespace heddle::python

@@ -12,5 +12,6 @@ void bind_attention(pybind11::module_& m);
 void bind_cache(pybind11::module_& m);
 void bind_sampling(pybind11::module_& m);
 void bind_advise(pybind11::module_& m);
+void bind_trace(pybind11::module_& m);
 
 }  // namespace heddle::python

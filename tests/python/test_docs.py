@@ -45,6 +45,16 @@ def test_examples_of_the_python_page(capsys):
     assert "k shape k: axis 3 (head_dim) is 32; allowed is 64, as in q" in capsys.readouterr().out
 
 
+def test_example_of_the_trace_page(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(ROOT / "docs" / "trace.md", "python")
+    exec(compile(example, "trace.md", "exec"), {})
+    share, *rows = capsys.readouterr().out.splitlines()
+    assert 0 < float(share) < 1
+    assert len(rows) == 6
+
+
 def test_first_example_in_python(capsys):
     (example,) = blocks(README, "python")
     exec(compile(example, README.name, "exec"), {})
