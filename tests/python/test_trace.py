@@ -259,7 +259,11 @@ def test_distributions_are_what_they_say(recorded, sets):
         np.testing.assert_allclose(d.mean, np.mean(numbers))
         for q in (0.05, 0.3, 0.5, 0.95, 1.0):
             np.testing.assert_allclose(d.quantile(q), np.quantile(numbers, q, method="inverted_cdf"))
-        assert d.histogram(13)[1].sum() == len(numbers)
+        for bins in (1, 13, 500):
+            edges, heights = d.histogram(bins)
+            assert heights.sum() == len(numbers)
+            assert 1 <= len(heights) <= bins
+            np.testing.assert_allclose(np.diff(edges), edges[1] - edges[0])
     by_layer = [
         np.mean([len(b[i][h] - a[i][h]) / k for a, b in itertools.pairwise(sets) for h in range(2)]) for i in range(3)
     ]

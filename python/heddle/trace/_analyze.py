@@ -54,10 +54,14 @@ class Distribution:
         }
 
     def histogram(self, bins: int) -> tuple[np.ndarray, np.ndarray]:
-        """(edges, counts) of equal bins over what was seen."""
+        """(edges, counts) of at most `bins` equal bins over what was seen, each around as many possible values."""
         if not self.count:
             return np.zeros(0), np.zeros(0, np.int64)
-        heights, edges = np.histogram(self.values, bins, weights=self.counts)
+        span = self.values[-1] - self.values[0]
+        step = np.diff(self.values).min() if len(self.values) > 1 else 1.0
+        width = step * np.ceil((span / step + 1) / bins)
+        edges = self.values[0] - step / 2 + width * np.arange(np.ceil((span + step) / width - 1e-9) + 1)
+        heights, edges = np.histogram(self.values, edges, weights=self.counts)
         return edges, heights.astype(np.int64)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from heddle.report._plots import STYLE
 from heddle.trace._analyze import Analysis
@@ -24,7 +25,7 @@ def draw_analysis(analysis: Analysis, path: Path) -> None:
         for axes, (name, d) in zip(figure.subplots(2, 3).flat, analysis.distributions.items(), strict=True):
             title = f"{name.replace('_', ' ')}: {d.title}"
             if d.count:
-                edges, counts = d.histogram(min(60, max(len(d.values), 2)))
+                edges, counts = d.histogram(60)
                 axes.bar(edges[:-1], counts / d.count, np.diff(edges), align="edge", color=_BAR)
                 axes.axvline(d.mean, color=_LINE, linewidth=1.4)
                 title += f"\nmean {d.mean:.3g}, median {d.quantile(0.5):.3g}"
@@ -52,5 +53,7 @@ def draw_simulation(results: Sequence[Reservation], path: Path) -> None:
         for axes in (left, right):
             axes.set_xlabel("reserved, MB")
             axes.set_ylim(bottom=0 if axes is left else None)
+        right.set_yscale("log", base=2)
+        right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         right.legend(frameon=False)
         figure.savefig(path)
