@@ -334,6 +334,21 @@ def test_bits_do_not_depend_on_who_computes(rng, default_threads, method, bernou
     assert len(results) == 1
 
 
+def test_more_logits_than_are_held_at_a_time(rng):
+    """96 MiB of them: queries are taken some at a time, which changes no bit."""
+    setup = Setup(rng, [3000], q_len=1024, q_heads=8, kv_heads=1, dim=8, dim_v=4, spread=0.5)
+    sampling = heddle.Sampling("systematic", 8)
+    whole, reads = setup.decode(sampling, return_reads=True)
+    assert reads[0][0, 0] <= 2 * 3000
+    tail = heddle.decode(setup.q[:, -1:], setup.cache, setup.table, setup.lens, sampling=sampling, return_lse=True)
+    dense_lse = setup.decode(None, return_lse=True)[1]
+    np.testing.assert_allclose(setup.decode(sampling, return_lse=True)[1], dense_lse, atol=1e-4)
+    np.testing.assert_allclose(tail[1][..., 0], dense_lse[..., -1], atol=1e-4)
+    everything = setup.decode(heddle.Sampling("iid", 1, n_recent=3000), selection=heddle.select.window(31))
+    np.testing.assert_allclose(everything, setup.decode(None, window=31), atol=1e-5)
+    assert np.isfinite(whole).all()
+
+
 def test_a_request_does_not_notice_its_batch(rng):
     setup = Setup(rng, [700, 300, 90])
     sampling = heddle.Sampling("systematic", 32)

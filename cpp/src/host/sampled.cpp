@@ -35,7 +35,7 @@ constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();  // below it there is only -inf: keys not seen
-constexpr std::size_t kLogitBudget = std::size_t{64} << 20;  // bytes held at a time, if a unit needs no more by itself
+constexpr std::size_t kLogitBudget = std::size_t{64} << 20;  // bytes held at a time, if a query needs no more by itself
 constexpr std::int64_t kSplitKeys = 2048;
 constexpr int kGatherTiles = 16;  // tiles whose keys are looked up at a time: the stream kernels fetch ahead among them
 static_assert(kTileKeys == aggregate::kSampleTile);
@@ -103,7 +103,7 @@ class SampledDecode {
     std::int64_t page, slot;
   };
 
-  void run_chunk(const std::vector<std::int32_t>& units);
+  void run_chunk(const std::vector<Unit>& units);
   void prepare(const Unit& unit, UnitState& state, std::int64_t row_tile, Scratch& s) const;
   void score(const Unit& unit, UnitState& state, std::int64_t row_tile, std::int64_t k0, std::int64_t k1,
              Scratch& s) const;
@@ -160,31 +160,39 @@ void SampledDecode::run() {
       counts->as<std::int64_t>()[b * counts->strides[0] + h * counts->strides[1]] = 0;
     }
   }
-  std::vector<std::int32_t> chunk;
+  // Units by the budget's worth; of one that is larger by itself, some queries at a time.
+  std::vector<Unit> chunk;
   std::size_t bytes = 0;
-  for (std::size_t u = 0; u < plan_.units.size(); ++u) {
-    const Unit& unit = plan_.units[u];
+  for (const Unit& unit : plan_.units) {
     const std::int64_t tiles = (unit.keys + kTileKeys - 1) / kTileKeys;
-    const std::size_t need = static_cast<std::size_t>(unit.rows() * tiles * kTileKeys) * sizeof(float);
-    if (!chunk.empty() && bytes + need > kLogitBudget) {
-      run_chunk(chunk);
-      chunk.clear();
-      bytes = 0;
+    const std::size_t per_query = static_cast<std::size_t>(unit.heads * tiles * kTileKeys) * sizeof(float);
+    const auto most = static_cast<std::int64_t>(per_query == 0 ? unit.queries : kLogitBudget / per_query);
+    for (std::int64_t first = 0; first < unit.queries;) {
+      Unit piece = unit;
+      piece.query += first;
+      piece.queries = std::min(unit.queries - first, std::max<std::int64_t>(most, 1));
+      const std::size_t need = static_cast<std::size_t>(piece.queries) * per_query;
+      if (!chunk.empty() && bytes + need > kLogitBudget) {
+        run_chunk(chunk);
+        chunk.clear();
+        bytes = 0;
+      }
+      first += piece.queries;
+      chunk.push_back(piece);
+      bytes += need;
     }
-    chunk.push_back(static_cast<std::int32_t>(u));
-    bytes += need;
   }
   if (!chunk.empty()) run_chunk(chunk);
 }
 
-void SampledDecode::run_chunk(const std::vector<std::int32_t>& units) {
+void SampledDecode::run_chunk(const std::vector<Unit>& units) {
   static thread_local Workspace workspace;
   std::vector<UnitState> states(units.size());
   std::vector<Item> row_tiles, splits;
   std::size_t floats = 0;
   double work = 0.0;
   for (std::size_t u = 0; u < units.size(); ++u) {
-    const Unit& unit = plan_.units[static_cast<std::size_t>(units[u])];
+    const Unit& unit = units[u];
     UnitState& state = states[u];
     state.rows = unit.rows();
     state.tiles = (unit.keys + kTileKeys - 1) / kTileKeys;
@@ -218,19 +226,18 @@ void SampledDecode::run_chunk(const std::vector<std::int32_t>& units) {
       body(static_cast<std::size_t>(i), scratch);
     });
   };
-  const auto unit_of = [&](std::size_t u) -> const Unit& { return plan_.units[static_cast<std::size_t>(units[u])]; };
   phase(row_tiles.size(), [&](std::size_t i, Scratch& s) {
     const Item& item = row_tiles[i];
     const auto u = static_cast<std::size_t>(item.unit);
-    prepare(unit_of(u), states[u], item.row_tile, s);
+    prepare(units[u], states[u], item.row_tile, s);
   });
   phase(splits.size(), [&](std::size_t i, Scratch& s) {
     const Item& item = splits[i];
     const auto u = static_cast<std::size_t>(item.unit);
     const std::int64_t first = item.split * split_size();
-    score(unit_of(u), states[u], item.row_tile, first, std::min(unit_of(u).keys, first + split_size()), s);
+    score(units[u], states[u], item.row_tile, first, std::min(units[u].keys, first + split_size()), s);
   });
-  phase(units.size(), [&](std::size_t u, Scratch& s) { draw(unit_of(u), states[u], s); });
+  phase(units.size(), [&](std::size_t u, Scratch& s) { draw(units[u], states[u], s); });
   workspace.trim(kLogitBudget);
 }
 
