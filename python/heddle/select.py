@@ -3,16 +3,32 @@
 Each function returns a Selection for the argument `selection` of heddle.attention and heddle.decode. Query i of a
 request with Sq queries and Sk keys stands at position p = i + Sk - Sq; a key is read if causal, window and the
 selection all allow it.
+
+Patterns are known in advance: window, strided, block_mask, tokens. The others look at a call's queries and keys. They
+take what the call will get, and run on the host:
+
+    q, k, v       as in heddle.attention: arrays or QuantizedTensor, [B, S, H, D], or packed with cu_seqlens_q and
+                  cu_seqlens_k. Or k is a heddle.KVCache, with block_table and seq_lens as in heddle.decode and no v.
+    causal, window, softcap, scale, sinks   as in that call; causal is True unless said otherwise.
+
+A budget is a count (an int) or a fraction of what a query sees (a float up to 1, rounded up). Above what is there it
+keeps everything. Ties go to the lower index. The result depends on the call alone, not on threads.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, Literal
+
+import numpy as np
 
 from heddle import _core
-from heddle._core import Selection
+from heddle._core import KVCache, Selection
+from heddle._errors import HeddleValueError, refuse
 
-__all__ = ["Selection", "block_mask", "strided", "tokens", "window"]
+__all__ = ["Selection", "block_mask", "mass", "strided", "tokens", "top_scores", "topk", "window"]
+
+Window = int | tuple[int | None, int | None]
 
 
 def window(left: int | None, right: int | None = 0, n_global: int = 0) -> Selection:
@@ -51,10 +67,125 @@ def tokens(indices: Any, lengths: Any = None) -> Selection:
 
     Args:
         indices: int32 [B, Hkv, n], one list for all queries of a request, or [B, Sq, Hkv, n] (packed batches:
-            [total_q, Hkv, n]); ascending, without repeats, padded with -1 at the end. Read where it lies at every call.
+            [total_q, Hkv, n]); 1 in place of Hkv is one list for all heads. Ascending, without repeats, padded with -1
+            at the end. Read where it lies at every call.
         lengths: int32, the shape of indices without its last axis: how many entries count. Optional.
 
     Raises HeddleTypeError for another dtype, HeddleValueError for a wrong rank; the call that uses the selection checks
     the entries.
     """
     return _core.select_tokens(indices, lengths)
+
+
+def topk(
+    q: Any,
+    k: Any,
+    v: Any = None,
+    budget: int | float | None = None,
+    metric: Literal["qk", "oam", "loo"] = "qk",
+    *,
+    n_sink: int = 0,
+    n_recent: int = 0,
+    beta: float = 0.2,
+    norm: Literal["clipped", "log"] = "clipped",
+    epsilon: float = 1e-6,
+    value_norms: Any = None,
+    output: Any = None,
+    block_table: Any = None,
+    seq_lens: Any = None,
+    causal: bool = True,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+) -> Selection:
+    """The tokens with the largest metric, exactly, for each query and KV head.
+
+    With s the score of a token, v its value, p its probability and o the output, the metric is the maximum over the
+    query heads of the KV head of
+
+        qk    s
+        oam   s + beta * max(0, log |v|)                        the output-aware metric
+        loo   p / (1 - p) * |v - o|                             how far dropping the token alone moves the output
+
+    Args:
+        q, k, v, block_table, seq_lens, causal, window, softcap, scale, sinks, cu_seqlens_q, cu_seqlens_k: the call, see
+            the module. "qk" over arrays needs no v.
+        budget: tokens to keep, the always-kept ones among them.
+        n_sink, n_recent: the first tokens of the request and the last that a query sees are always kept.
+        beta: weight of the value's term.
+        norm: "clipped" is max(0, log |v|); "log" is log(|v| + epsilon).
+        value_norms: oam over arrays: |v|, float32 [B, Sk, Hkv] (packed: [total_k, Hkv]), if known. A cache keeps them.
+        output: loo: o, [B, Sq, Hq, Dv] (packed: [total_q, Hq, Dv]), last step's for example; computed if not given.
+
+    Returns:
+        Token lists, int32 [B, Hkv, n] if q has one query a request, else [B, Sq, Hkv, n] (packed: [total_q, Hkv, n]).
+
+    Raises:
+        HeddleValueError: a budget of 0 or below n_sink + n_recent, a metric or norm that does not exist, a metric that
+            is NaN (the argument is whose NaN it is), and what heddle.attention and heddle.decode refuse.
+
+    Sources: the output-aware metric of Stem (arXiv 2603.06274); leave-one-out follows from the definition of softmax:
+    o without j is (o - p_j v_j) / (1 - p_j).
+    """
+    if v is None and metric == "qk" and not isinstance(k, KVCache):
+        v = k
+    call = (q, k, v, block_table, seq_lens, causal, window, softcap, scale, sinks, cu_seqlens_q, cu_seqlens_k)
+    return _core.select_topk(call, budget, metric, n_sink, n_recent, beta, norm, epsilon, value_norms, output)
+
+
+def top_scores(
+    scores: Any, budget: int | float, *, n_sink: int = 0, n_recent: int = 0, lengths: Any = None
+) -> Selection:
+    """The tokens with the largest of given scores: for metrics of your own.
+
+    Args:
+        scores: float32 [B, Hkv, n], or [B, Sq, Hkv, n] for lists by query.
+        budget, n_sink, n_recent: as for topk().
+        lengths: int32, the shape of scores without its last axis: how many scores of each row count.
+
+    Returns token lists. Raises HeddleValueError for NaN, and as topk().
+    """
+    return _core.select_top_scores(scores, budget, n_sink, n_recent, lengths)
+
+
+def mass(
+    selection: Selection,
+    q: Any,
+    k: Any,
+    v: Any = None,
+    *,
+    block_table: Any = None,
+    seq_lens: Any = None,
+    causal: bool = True,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+) -> Any:
+    """The attention mass that a selection keeps: the sum of the probabilities of what it reads.
+
+    Any selection will do; v is not looked at. Returns float32 [B, Hq, Sq] (packed: [Hq, total_q]), of the kind of q:
+    exp(lse of the selected keys - lse of all, sinks included). A query that sees nothing has kept everything, 1.
+    """
+    from heddle._attention import attention, decode
+
+    options = {"causal": causal, "window": window, "softcap": softcap, "scale": scale, "return_lse": True}
+    if isinstance(k, KVCache):
+        if v is not None:
+            raise refuse(HeddleValueError, "value", "v", "given with a cache; allowed is None")
+        operands = (q, k, block_table, seq_lens)
+        run = decode
+    else:
+        operands = (q, k, k if v is None else v)
+        run = attention
+        options |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    _, kept = run(*operands, selection=selection, **options)
+    _, everything = run(*operands, sinks=sinks, **options)
+    xp = np if isinstance(kept, np.ndarray) else sys.modules["torch"]
+    nothing = xp.isneginf(everything)
+    return xp.exp(xp.where(nothing, 0.0, kept) - xp.where(nothing, 0.0, everything))

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
+#include <string_view>
 #include <variant>
 
 #include "heddle/export.h"
@@ -44,11 +46,13 @@ struct BlockMask {
 };
 
 // indices: int32 [B, Hkv, n] for all queries of a request, or [B, Sq, Hkv, n] ([total_q, Hkv, n] in a packed batch,
-// where a first axis of B entries always means requests); ascending, without repeats, -1 pads at the end. lengths:
-// int32, the shape of indices without its last axis; optional.
+// where a first axis of B entries means requests unless per_query says otherwise); 1 in place of Hkv: one list for all
+// heads. Ascending, without repeats, -1 pads at the end. lengths: int32, the shape of indices without its last axis;
+// optional.
 struct Tokens {
   TensorView indices{};
   TensorView lengths{};
+  bool per_query = false;
 };
 
 }  // namespace select
@@ -64,13 +68,82 @@ class HEDDLE_API Selection {
   // `owner` keeps the memory behind the views alive for as long as the selection lives.
   static Selection block_mask(TensorView mask, std::int64_t block_q = 128, std::int64_t block_k = 128,
                               std::shared_ptr<const void> owner = {});
-  static Selection tokens(TensorView indices, TensorView lengths = {}, std::shared_ptr<const void> owner = {});
+  static Selection tokens(TensorView indices, TensorView lengths = {}, std::shared_ptr<const void> owner = {},
+                          bool per_query = false);
 
   const Kind& kind() const noexcept { return kind_; }
+
+  // The kept part of the (query, key) pairs that the call it was made for sees without it, over all heads; NaN if it
+  // was not made for a call.
+  double density() const noexcept { return density_; }
+  Selection with_density(double density) const;
 
  private:
   Kind kind_;
   std::shared_ptr<const void> owner_;
+  double density_ = std::numeric_limits<double>::quiet_NaN();
 };
+
+// --- selections made at run time, for one call ---
+
+struct AttentionParams;
+struct DecodeParams;
+
+namespace select {
+
+// How much is kept: a count, or a fraction of what a query sees, rounded up. Exactly one is above 0.
+struct Budget {
+  std::int64_t count = 0;
+  double fraction = 0.0;
+};
+
+// What makes a token worth reading. s is its score (scale, softcap and K smoothing included), v its value, p its
+// probability (sinks included) and o the output.
+enum class Metric : std::uint8_t {
+  kQk,   // s
+  kOam,  // s + beta * max(0, log |v|): output-aware
+  kLoo,  // p / (1 - p) * |v - o|: how far dropping this token alone moves the output; +inf for an only token
+};
+enum class Norm : std::uint8_t {
+  kClipped,  // max(0, log |v|)
+  kLog,      // log(|v| + epsilon)
+};
+
+HEDDLE_API Metric metric_from_string(std::string_view name);  // "qk", "oam", "loo"
+HEDDLE_API Norm norm_from_string(std::string_view name);      // "clipped", "log"
+
+// The first n_sink keys of the request and the last n_recent that a query sees are always kept, as part of the budget.
+// A fraction that is less than these keeps just these.
+struct TopkOptions {
+  Budget budget{};
+  Metric metric = Metric::kQk;
+  std::int64_t n_sink = 0, n_recent = 0;
+  double beta = 0.2;
+  Norm norm = Norm::kClipped;
+  double epsilon = 1e-6;
+  // oam without a cache: |v|, float32 [B, Sk, Hkv] ([total_k, Hkv]); computed if not given.
+  TensorView value_norms{};
+  // loo: o, the shape and kind of dtype of the call's output (last step's, for one); computed if not given.
+  TensorView output{};
+};
+
+// The tokens that the queries of a call should read: the budget's largest by the metric, which is the maximum over the
+// query heads of a KV head; of equal ones the first. Exact. Token lists [B, Hkv, n] if every request has one query,
+// else one for each query. `call` is the attention or decode that the selection is for, its out, lse and selection
+// aside: causality and window say which keys compete. On the CPU. Throws before any memory is touched, and kValue for a
+// score that is NaN.
+HEDDLE_API Selection topk(const AttentionParams& call, const TopkOptions& options);
+HEDDLE_API Selection topk(const DecodeParams& call, const TopkOptions& options);
+
+// The same of scores from elsewhere: float32 [B, Hkv, n], or [B, Sq, Hkv, n]; lengths int32, without the last axis:
+// how many count. Optional.
+struct ScoreOptions {
+  Budget budget{};
+  std::int64_t n_sink = 0, n_recent = 0;
+  TensorView lengths{};
+};
+HEDDLE_API Selection top_scores(const TensorView& scores, const ScoreOptions& options);
+
+}  // namespace select
 
 }  // namespace heddle

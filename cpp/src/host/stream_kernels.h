@@ -42,6 +42,8 @@ struct StreamStep {
 };
 
 struct StreamKernels {
+  // scores[row * kStreamKeys + key] = q . k, as stored: no factor, scale or mask. Whole numbers for int8 queries.
+  void (*scores)(const StreamTile& tile, const StreamStep& step, float* scores) = nullptr;
   // scores: kStreamRows x kStreamKeys floats of scratch
   void (*step)(const StreamTile& tile, const StreamStep& step, float* scores) = nullptr;
 };

@@ -287,16 +287,15 @@ void add_visible(const StreamTile& tile, const StreamStep& step, const float* al
   }
 }
 
+// Rows by four; one or two alone when there are no more.
+void stream_scores(const StreamTile& tile, const StreamStep& step, float* scores) {
+  if (tile.rows == 1) return scores_of<1>(tile, step, 0, scores);
+  if (tile.rows == 2) return scores_of<2>(tile, step, 0, scores);
+  for (std::int64_t row = 0; row < tile.rows; row += 4) scores_of<4>(tile, step, row, scores);
+}
+
 void stream_step(const StreamTile& tile, const StreamStep& step, float* scores) {
-  // Rows by four; one or two alone when there are no more.
-  std::int64_t row = 0;
-  if (tile.rows == 1) {
-    scores_of<1>(tile, step, 0, scores);
-  } else if (tile.rows == 2) {
-    scores_of<2>(tile, step, 0, scores);
-  } else {
-    for (; row < tile.rows; row += 4) scores_of<4>(tile, step, row, scores);
-  }
+  stream_scores(tile, step, scores);
 
   Step mask;
   mask.tiles = (step.count + kTileKeys - 1) / kTileKeys;
@@ -326,12 +325,12 @@ void stream_step(const StreamTile& tile, const StreamStep& step, float* scores) 
   if (step.bits != nullptr && !values_finite(step, value_row)) return add_visible(tile, step, alpha, scores, value_row);
   if (tile.rows == 1) return values_of<1>(tile, step, 0, alpha, scores);
   if (tile.rows == 2) return values_of<2>(tile, step, 0, alpha, scores);
-  for (row = 0; row < tile.rows; row += 4) values_of<4>(tile, step, row, alpha, scores);
+  for (std::int64_t row = 0; row < tile.rows; row += 4) values_of<4>(tile, step, row, alpha, scores);
 }
 
 }  // namespace
 
 extern const StreamKernels kStreamKernels;
-const StreamKernels kStreamKernels{.step = stream_step};
+const StreamKernels kStreamKernels{.scores = stream_scores, .step = stream_step};
 
 }  // namespace heddle::host::HEDDLE_ISA

@@ -1,0 +1,496 @@
+// Token selection at run time: scores of all keys that compete, a metric from them, and the exact largest k.
+//
+// Keys are read once, where they lie, for all query heads of a KV head; the metric of a token is one float, so what is
+// ranked is small beside what was read. Limit: the bandwidth of reading K (and V for leave-one-out).
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/check.h"
+#include "core/front.h"
+#include "core/kernels.h"
+#include "host/workspace.h"
+#include "select/lists.h"
+#include "select/scores.h"
+#include "select/visibility.h"
+
+namespace heddle::select {
+namespace {
+
+constexpr std::int64_t kChunk = 2048;                          // keys that are scored at a time
+constexpr std::int64_t kBatchFloats = std::int64_t{16} << 20;  // metrics that are kept at a time
+
+// |v| of keys [begin, end) of a request's KV head.
+class Norms {
+ public:
+  Norms(const Problem& problem, const TopkOptions& options, const KVCache* cache) : p_(problem) {
+    if (cache != nullptr) {
+      stored_ = cache->value_norms();
+    } else if (options.value_norms.given()) {
+      given_ = options.value_norms;
+    } else {
+      compute();
+    }
+  }
+
+  // The norms of keys [begin, end), or where to copy them from: `buffer` holds end - begin.
+  const float* get(std::int64_t request, std::int64_t kv_head, std::int64_t begin, std::int64_t end,
+                   float* buffer) const {
+    const Request& r = p_.requests[static_cast<std::size_t>(request)];
+    if (!computed_.empty())
+      return computed_.data() + first_[static_cast<std::size_t>(request)] + kv_head * r.kv_len + begin;
+    if (given_.given()) {
+      const int token = given_.rank - 2;
+      const float* at = given_.as<const float>() + (given_.rank == 3 ? request * given_.strides[0] : 0) +
+                        kv_head * given_.strides[token + 1];
+      for (std::int64_t j = begin; j < end; ++j) buffer[j - begin] = at[(r.k_first + j) * given_.strides[token]];
+      return buffer;
+    }
+    for (std::int64_t j = begin; j < end;) {
+      const Place at = place_of(p_, r, j);
+      const std::int64_t run = std::min(end - j, p_.page_size - at.slot);
+      std::copy_n(stored_.as<const float>() + at.page * stored_.strides[0] + kv_head * stored_.strides[1] + at.slot,
+                  run, buffer + (j - begin));
+      j += run;
+    }
+    return buffer;
+  }
+
+ private:
+  void compute() {
+    std::int64_t total = 0;
+    for (const Request& r : p_.requests) {
+      first_.push_back(total);
+      total += r.kv_len * p_.num_kv_heads;
+    }
+    computed_.resize(static_cast<std::size_t>(std::max<std::int64_t>(total, 1)));
+    for (std::size_t b = 0; b < p_.requests.size(); ++b) {
+      const std::int64_t keys = p_.requests[b].kv_len;
+      for_ranges(keys, keys * p_.num_kv_heads * p_.v.dim, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t h = 0; h < p_.num_kv_heads; ++h) {
+          value_norms(p_, static_cast<std::int64_t>(b), h, begin, end, computed_.data() + first_[b] + h * keys + begin);
+        }
+      });
+    }
+  }
+
+  const Problem& p_;
+  TensorView stored_{}, given_{};
+  std::vector<float> computed_;
+  std::vector<std::int64_t> first_;
+};
+
+// The outputs that leave-one-out measures from: rows of float32.
+struct Outputs {
+  std::vector<float> memory;
+  Rows rows;
+};
+
+// The full output of the call, in float32 whatever the call's dtype.
+Outputs full_output(const Problem& problem, const TensorView& q) {
+  Outputs o;
+  const std::int64_t heads = problem.num_q_heads, dim = problem.v.dim;
+  o.memory.resize(static_cast<std::size_t>(q.numel() / std::max<std::int64_t>(problem.q.dim, 1) * dim));
+  o.rows = {.data = reinterpret_cast<std::byte*>(o.memory.data()),
+            .dtype = DType::kFloat32,
+            .dim = dim,
+            .page_stride = q.rank == 4 ? q.shape[1] * heads * dim * 4 : 0,
+            .head_stride = dim * 4,
+            .slot_stride = heads * dim * 4};
+  Problem whole = problem;
+  whole.out = o.rows;
+  host::attention(whole);
+  return o;
+}
+
+Outputs given_output(const TensorView& x) {
+  Outputs o;
+  const auto size = static_cast<std::int64_t>(size_of(x.dtype));
+  const int slot = x.rank - 3;
+  o.rows = {.data = x.as<std::byte>(),
+            .dtype = x.dtype,
+            .dim = x.shape[x.rank - 1],
+            .page_stride = x.rank == 4 ? x.strides[0] * size : 0,
+            .head_stride = x.strides[slot + 1] * size,
+            .slot_stride = x.strides[slot] * size};
+  return o;
+}
+
+class Topk {
+ public:
+  Topk(const Problem& problem, const TensorView& q, const TopkOptions& options, const KVCache* cache)
+      : p_(problem),
+        options_(options),
+        kernels_(host::select_kernels()),
+        lists_(q, problem.packed, problem.num_kv_heads) {
+    if (options.metric == Metric::kOam) norms_ = std::make_unique<Norms>(problem, options, cache);
+    if (options.metric == Metric::kLoo) {
+      outputs_ = options.output.given() ? given_output(options.output) : full_output(problem, q);
+    }
+    make_jobs();
+  }
+
+  Selection run();
+
+ private:
+  void make_jobs();
+  void run_batch(std::size_t first, std::size_t last, std::int64_t floats);
+  // Metrics of the keys [begin, end) of a job; false if one is NaN.
+  bool score(KeyScores& scores, const ListJob& job, std::int64_t begin, std::int64_t end, float* metric) const;
+  // loo: scores of every head, then the metric in place of the first head's.
+  bool score_heads(KeyScores& scores, const ListJob& job, std::int64_t begin, std::int64_t end, float* all) const;
+  bool leave_one_out(const ListJob& job, std::int64_t begin, std::int64_t end, const double* lse, float* all) const;
+  [[noreturn]] void fail(const ListJob& job) const;
+
+  bool loo() const { return options_.metric == Metric::kLoo; }
+  // What is scored of a job: leave-one-out needs every probability.
+  std::int64_t scored_begin(const ListJob& job) const { return loo() ? job.begin : job.middle; }
+  std::int64_t scored_end(const ListJob& job) const { return loo() ? job.end : job.recent; }
+  std::int64_t floats(const ListJob& job) const {
+    return (scored_end(job) - scored_begin(job) + 16) * (loo() ? p_.group() : 1);
+  }
+
+  const Problem& p_;
+  const TopkOptions& options_;
+  const host::SelectKernels& kernels_;
+  TokenLists lists_;
+  std::unique_ptr<Norms> norms_;
+  Outputs outputs_;
+  std::vector<ListJob> jobs_;
+};
+
+void Topk::make_jobs() {
+  for (std::size_t b = 0; b < p_.requests.size(); ++b) {
+    const Request& r = p_.requests[b];
+    const Visibility seen(p_, static_cast<std::int64_t>(b), 0);
+    for (std::int64_t i = 0; i < r.q_len; ++i) {
+      const auto [begin, end] = seen.allowed_keys(i);
+      for (std::int64_t h = 0; h < p_.num_kv_heads; ++h) {
+        ListJob job{.request = static_cast<std::int32_t>(b),
+                    .query = static_cast<std::int32_t>(i),
+                    .kv_head = static_cast<std::int32_t>(h),
+                    .row = lists_.row(r, static_cast<std::int64_t>(b), i, h),
+                    .begin = std::min(begin, end),
+                    .end = end};
+        set_budget(options_.budget, options_.n_sink, options_.n_recent, job);
+        jobs_.push_back(job);
+      }
+    }
+  }
+}
+
+Selection Topk::run() {
+  std::int64_t capacity = 0;
+  double kept = 0.0, seen = 0.0;
+  for (const ListJob& job : jobs_) {
+    capacity = std::max(capacity, job.keep);
+    kept += static_cast<double>(job.keep);
+    seen += static_cast<double>(job.seen());
+  }
+  lists_.allocate(capacity);
+  std::size_t first = 0;
+  std::int64_t total = 0;
+  for (std::size_t n = 0; n < jobs_.size(); ++n) {
+    const std::int64_t need = floats(jobs_[n]);
+    if (n > first && total + need > kBatchFloats) {
+      run_batch(first, n, total);
+      first = n;
+      total = 0;
+    }
+    total += need;
+  }
+  run_batch(first, jobs_.size(), total);
+  return lists_.selection(seen > 0.0 ? kept / seen : 1.0);
+}
+
+void Topk::run_batch(std::size_t first, std::size_t last, std::int64_t total) {
+  static thread_local host::Workspace workspace;
+  float* metrics = reinterpret_cast<float*>(workspace.reserve(static_cast<std::size_t>(total) * 4));
+  struct Item {
+    std::size_t job;
+    std::int64_t begin, end;
+  };
+  std::vector<Item> items;
+  std::vector<float*> at(last - first);
+  std::vector<std::atomic<bool>> bad(last - first);
+  double work = 0.0;
+  for (std::size_t n = first; n < last; ++n) {
+    const ListJob& job = jobs_[n];
+    at[n - first] = metrics;
+    metrics += floats(job);
+    if (job.open() == job.contested()) continue;  // keeps all: nothing to rank
+    const std::int64_t end = scored_end(job);
+    for (std::int64_t k = scored_begin(job); k < end; k += kChunk) items.push_back({n, k, std::min(end, k + kChunk)});
+    work += static_cast<double>(job.seen() * p_.group() * p_.k.dim);
+  }
+  const auto scorer = [&] { return KeyScores(p_); };
+  const auto count = static_cast<std::int64_t>(items.size());
+  for_items(count, work, scorer, [&](KeyScores& scores, std::int64_t i) {
+    const Item& item = items[static_cast<std::size_t>(i)];
+    const ListJob& job = jobs_[item.job];
+    float* out = at[item.job - first];
+    const bool good = loo() ? score_heads(scores, job, item.begin, item.end, out)
+                            : score(scores, job, item.begin, item.end, out + (item.begin - job.middle));
+    if (!good) bad[item.job - first].store(true, std::memory_order_relaxed);
+  });
+  if (loo()) {
+    const auto group = static_cast<std::size_t>(p_.group());
+    std::vector<double> lse((last - first) * group);
+    for_items(static_cast<std::int64_t>(last - first), work, stateless, [&](int, std::int64_t n) {
+      const ListJob& job = jobs_[first + static_cast<std::size_t>(n)];
+      if (job.open() == job.contested()) return;
+      for (std::size_t r = 0; r < group; ++r) {
+        const float* s = at[static_cast<std::size_t>(n)] + static_cast<std::int64_t>(r) * (job.seen() + 16);
+        double top = -std::numeric_limits<double>::infinity(), sum = 0.0;
+        if (p_.sinks != nullptr) top = p_.sinks[job.kv_head * p_.group() + static_cast<std::int64_t>(r)];
+        const double sink = top;
+        for (std::int64_t j = 0; j < job.seen(); ++j) top = std::max(top, static_cast<double>(s[j]));
+        for (std::int64_t j = 0; j < job.seen(); ++j) sum += std::exp(static_cast<double>(s[j]) - top);
+        if (p_.sinks != nullptr) sum += std::exp(sink - top);
+        lse[static_cast<std::size_t>(n) * group + r] = top + std::log(sum);
+      }
+    });
+    for_items(count, work, stateless, [&](int, std::int64_t i) {
+      const Item& item = items[static_cast<std::size_t>(i)];
+      const std::size_t n = item.job - first;
+      if (!leave_one_out(jobs_[item.job], item.begin, item.end, lse.data() + n * group, at[n])) {
+        bad[n].store(true, std::memory_order_relaxed);
+      }
+    });
+  }
+  for (std::size_t n = first; n < last; ++n) {
+    if (bad[n - first].load(std::memory_order_relaxed)) fail(jobs_[n]);
+  }
+  for_items(static_cast<std::int64_t>(last - first), work, stateless, [&](int, std::int64_t n) {
+    const ListJob& job = jobs_[first + static_cast<std::size_t>(n)];
+    lists_.write(job, at[static_cast<std::size_t>(n)] + (job.middle - scored_begin(job)));
+  });
+  workspace.trim(static_cast<std::size_t>(kBatchFloats) * 4);
+}
+
+bool Topk::score(KeyScores& scores, const ListJob& job, std::int64_t begin, std::int64_t end, float* metric) const {
+  bool good = true;
+  scores.set_query(job.request, job.query, job.kv_head);
+  scores.for_blocks(begin, end, [&](std::int64_t row, const host::RawScores& block, std::int64_t key) {
+    good &= kernels_.reduce(block, row == 0, metric + (key - begin));
+  });
+  if (norms_ == nullptr) return good;
+  float buffer[kChunk];
+  const host::ValueTerm term = value_term(options_.beta, options_.norm, options_.epsilon);
+  return kernels_.add_terms(norms_->get(job.request, job.kv_head, begin, end, buffer), end - begin, term, metric) &&
+         good;
+}
+
+bool Topk::score_heads(KeyScores& scores, const ListJob& job, std::int64_t begin, std::int64_t end, float* all) const {
+  bool good = true;
+  const std::int64_t stride = job.seen() + 16;
+  scores.set_query(job.request, job.query, job.kv_head);
+  scores.for_blocks(begin, end, [&](std::int64_t row, const host::RawScores& block, std::int64_t key) {
+    good &= kernels_.finish(block, all + row * stride + (key - job.begin), stride);
+  });
+  return good;
+}
+
+bool Topk::leave_one_out(const ListJob& job, std::int64_t begin, std::int64_t end, const double* lse,
+                         float* all) const {
+  const Request& r = p_.requests[static_cast<std::size_t>(job.request)];
+  const std::int64_t group = p_.group(), dim = p_.v.dim, stride = job.seen() + 16;
+  std::vector<float> o(static_cast<std::size_t>(group * dim)), value(static_cast<std::size_t>(dim)),
+      squares(static_cast<std::size_t>(group));
+  for (std::int64_t h = 0; h < group; ++h) {
+    read_row(outputs_.rows, r.q_page, job.kv_head * group + h, r.q_first + job.query, o.data() + h * dim);
+  }
+  bool good = true;
+  for (std::int64_t key = begin; key < end; ++key) {
+    const Place at = place_of(p_, r, key);
+    read_row(p_.v, at.page, job.kv_head, at.slot, value.data());
+    kernels_.squared_distances(value.data(), dim, o.data(), dim, group, squares.data());
+    double best = 0.0;
+    for (std::int64_t h = 0; h < group; ++h) {
+      const double d = std::min(0.0, static_cast<double>(all[h * stride + key - job.begin]) - lse[h]);
+      const double distance = std::sqrt(static_cast<double>(squares[static_cast<std::size_t>(h)]));
+      // p = 1: without this token there is no output.
+      const double moved = d == 0.0 ? std::numeric_limits<double>::infinity() : std::exp(d) / -std::expm1(d) * distance;
+      good &= distance == distance && moved == moved;
+      best = std::max(best, moved);
+    }
+    all[key - job.begin] = static_cast<float>(best);
+  }
+  return good;
+}
+
+// Finds out whose fault it is.
+void Topk::fail(const ListJob& job) const {
+  const auto where = check::text("request ", job.request, ", query ", job.query, ", KV head ", job.kv_head);
+  if (query_has_nan(p_, job.request, job.query, job.kv_head)) {
+    check::fail(ErrorCode::kValue, "q", check::text("NaN in ", where, "; allowed are scores that can be ranked"));
+  }
+  KeyScores scores(p_);
+  scores.set_query(job.request, job.query, job.kv_head);
+  std::int64_t bad = -1;
+  float row[host::kStreamKeys * host::kStreamRows];
+  scores.for_blocks(job.begin, job.end, [&](std::int64_t, const host::RawScores& block, std::int64_t key) {
+    if (bad >= 0 || kernels_.finish(block, row, host::kStreamKeys)) return;
+    for (int j = 0; j < block.count && bad < 0; ++j) {
+      for (std::int64_t r = 0; r < block.rows; ++r) {
+        if (row[r * host::kStreamKeys + j] != row[r * host::kStreamKeys + j]) bad = key + j;
+      }
+    }
+  });
+  if (bad >= 0) {
+    check::fail(
+        ErrorCode::kValue, "k",
+        check::text("the score of key ", bad, " is NaN for ", where, "; allowed are scores that can be ranked"));
+  }
+  check::fail(ErrorCode::kValue, options_.output.given() ? "output" : "v",
+              check::text("NaN in ", loo() ? "the distances of values" : "the norms of values", " for ", where,
+                          "; allowed are metrics that can be ranked"));
+}
+
+void check_options(const Problem& problem, const TensorView& q, const TopkOptions& options, bool cache) {
+  check_call(problem);
+  check_budget(options.budget);
+  check_always(options.budget, options.n_sink, options.n_recent);
+  check::finite("beta", options.beta);
+  check::finite("epsilon", options.epsilon);
+  if (!(options.epsilon > 0.0)) {
+    check::fail(ErrorCode::kValue, "epsilon", check::text(options.epsilon, "; allowed are numbers above 0"));
+  }
+  if (const TensorView& norms = options.value_norms; norms.given()) {
+    if (options.metric != Metric::kOam || cache) {
+      check::fail(ErrorCode::kValue, "value_norms",
+                  cache ? "given with a cache, which keeps its own" : "given; allowed with metric oam only");
+    }
+    check::given("value_norms", norms);
+    check::dtype("value_norms", norms, {DType::kFloat32});
+    check::device("value_norms", norms, problem.device, "q");
+    check::rank("value_norms", norms, problem.packed ? 2 : 3);
+    if (!problem.packed) {
+      check::axis("value_norms", norms, 0, "batch", static_cast<std::int64_t>(problem.requests.size()), "as in q");
+    }
+    std::int64_t keys = 0;
+    for (const Request& r : problem.requests) keys = std::max(keys, r.k_first + r.kv_len);
+    if (problem.packed ? norms.shape[0] < keys : norms.shape[1] != keys) {
+      check::axis("value_norms", norms, norms.rank - 2, "keys", keys, "as in k");
+    }
+    check::axis("value_norms", norms, norms.rank - 1, "heads", problem.num_kv_heads, "the KV heads");
+  }
+  if (const TensorView& o = options.output; o.given()) {
+    if (options.metric != Metric::kLoo) {
+      check::fail(ErrorCode::kValue, "output", "given; allowed with metric loo only");
+    }
+    check::given("output", o);
+    check::dtype("output", o, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
+    check::device("output", o, problem.device, "q");
+    if (q.rank == 4) {
+      check::shape("output", o, {q.shape[0], q.shape[1], q.shape[2], problem.v.dim});
+    } else {
+      check::shape("output", o, {q.shape[0], q.shape[1], problem.v.dim});
+    }
+    check::contiguous_rows("output", o);
+  }
+}
+
+}  // namespace
+
+Metric metric_from_string(std::string_view name) {
+  if (name == "qk") return Metric::kQk;
+  if (name == "oam") return Metric::kOam;
+  if (name == "loo") return Metric::kLoo;
+  check::fail(ErrorCode::kValue, "metric", check::text("'", name, "' does not exist; allowed are qk, oam, loo"));
+}
+
+Norm norm_from_string(std::string_view name) {
+  if (name == "clipped") return Norm::kClipped;
+  if (name == "log") return Norm::kLog;
+  check::fail(ErrorCode::kValue, "norm", check::text("'", name, "' does not exist; allowed are clipped, log"));
+}
+
+Selection topk(const AttentionParams& call, const TopkOptions& options) {
+  const Problem problem = problem_of(call, false);
+  check_options(problem, call.q, options, false);
+  return Topk(problem, call.q, options, nullptr).run();
+}
+
+Selection topk(const DecodeParams& call, const TopkOptions& options) {
+  Problem problem = problem_of(call, false);
+  check_options(problem, call.q, options, true);
+  set_query_scale(call, problem);
+  return Topk(problem, call.q, options, call.cache).run();
+}
+
+Selection top_scores(const TensorView& scores, const ScoreOptions& options) {
+  check::given("scores", scores);
+  check::rank("scores", scores, {3, 4});
+  check::dtype("scores", scores, {DType::kFloat32});
+  check::device("scores", scores, {}, "the host's selectors");
+  check::contiguous_rows("scores", scores);
+  check_budget(options.budget);
+  check_always(options.budget, options.n_sink, options.n_recent);
+  const int axis = scores.rank - 1;
+  const std::int64_t n = scores.shape[axis], heads = scores.shape[axis - 1];
+  check::axis_not_empty("scores", scores, axis - 1, "heads");
+  if (n > std::numeric_limits<std::int32_t>::max()) {
+    check::fail(ErrorCode::kShape, "scores", check::text("axis ", axis, " is ", n, "; allowed are int32 positions"));
+  }
+  const TensorView& lengths = options.lengths;
+  if (lengths.given()) {
+    check::given("lengths", lengths);
+    check::dtype("lengths", lengths, {DType::kInt32});
+    check::device("lengths", lengths, {}, "scores");
+    if (axis == 2) {
+      check::shape("lengths", lengths, {scores.shape[0], scores.shape[1]});
+    } else {
+      check::shape("lengths", lengths, {scores.shape[0], scores.shape[1], scores.shape[2]});
+    }
+  }
+  // As of a call with these queries.
+  TensorView q(nullptr, DType::kFloat32, {scores.shape[0], axis == 3 ? scores.shape[1] : 1, heads, 1});
+  const std::int64_t queries = q.shape[1], rows = scores.shape[0] * queries * heads;
+  TokenLists lists(q, false, heads);
+  std::vector<ListJob> jobs;
+  std::vector<const float*> at;
+  std::int64_t capacity = 0;
+  double kept = 0.0, seen = 0.0;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const std::int64_t b = row / heads / queries, i = row / heads % queries, h = row % heads;
+    const auto offset = [&](const TensorView& t) {
+      return b * t.strides[0] + (axis == 3 ? i * t.strides[1] : 0) + h * t.strides[axis - 1];
+    };
+    ListJob job{.request = static_cast<std::int32_t>(b),
+                .query = static_cast<std::int32_t>(i),
+                .kv_head = static_cast<std::int32_t>(h),
+                .row = row,
+                .end = n};
+    if (lengths.given()) job.end = lengths.as<const std::int32_t>()[offset(lengths)];
+    if (job.end < 0 || job.end > n) {
+      check::fail(ErrorCode::kValue, "lengths",
+                  check::text(job.end, "; allowed are 0 to ", n, ", the last axis of scores"));
+    }
+    set_budget(options.budget, options.n_sink, options.n_recent, job);
+    jobs.push_back(job);
+    at.push_back(scores.as<const float>() + offset(scores));
+    capacity = std::max(capacity, job.keep);
+    kept += static_cast<double>(job.keep);
+    seen += static_cast<double>(job.seen());
+  }
+  lists.allocate(capacity);
+  std::vector<std::uint8_t> bad(jobs.size(), 0);
+  for_items(rows, seen, stateless, [&](int, std::int64_t i) {
+    const auto row = static_cast<std::size_t>(i);
+    bad[row] = lists.write(jobs[row], at[row] + jobs[row].middle) ? 0 : 1;
+  });
+  for (std::size_t row = 0; row < bad.size(); ++row) {
+    if (bad[row] == 0) continue;
+    std::int64_t j = jobs[row].middle;
+    while (at[row][j] == at[row][j]) ++j;
+    check::fail(ErrorCode::kValue, "scores",
+                check::text("NaN at ", j, " of list ", row, "; allowed are scores that can be ranked"));
+  }
+  return lists.selection(seen > 0.0 ? kept / seen : 1.0);
+}
+
+}  // namespace heddle::select
