@@ -128,6 +128,22 @@ Selection topk(const py::tuple& call, py::object budget, py::object metric, py::
   return Call(call).make([&](const auto& params) { return select::topk(params, options); });
 }
 
+Selection pages(const py::tuple& call, py::object budget, py::object metric, py::object page_size, py::object n_sink,
+                py::object n_recent, py::object beta, py::object norm, py::object epsilon) {
+  select::PagesOptions options{.budget = to_budget(budget),
+                               .metric = select::metric_from_string(to_string_view(metric, "metric")),
+                               .n_sink = to_int(n_sink, "n_sink"),
+                               .n_recent = to_int(n_recent, "n_recent"),
+                               .beta = to_double(beta, "beta"),
+                               .norm = select::norm_from_string(to_string_view(norm, "norm")),
+                               .epsilon = to_double(epsilon, "epsilon")};
+  if (!page_size.is_none()) {
+    options.page_size = to_int(page_size, "page_size");
+    check::at_least("page_size", options.page_size, 1);
+  }
+  return Call(call).make([&](const auto& params) { return select::pages(params, options); });
+}
+
 Selection top_scores(py::object scores_, py::object budget, py::object n_sink, py::object n_recent,
                      py::object lengths_) {
   const Array scores = array(scores_, "scores"), lengths = optional_array(lengths_, "lengths");
@@ -143,6 +159,7 @@ Selection top_scores(py::object scores_, py::object budget, py::object n_sink, p
 
 void bind_selectors(py::module_& m) {
   m.def("select_topk", &topk);
+  m.def("select_pages", &pages);
   m.def("select_top_scores", &top_scores);
 }
 

@@ -26,7 +26,7 @@ from heddle import _core
 from heddle._core import KVCache, Selection
 from heddle._errors import HeddleValueError, refuse
 
-__all__ = ["Selection", "block_mask", "mass", "strided", "tokens", "top_scores", "topk", "window"]
+__all__ = ["Selection", "block_mask", "mass", "pages", "strided", "tokens", "top_scores", "topk", "window"]
 
 Window = int | tuple[int | None, int | None]
 
@@ -134,6 +134,54 @@ def topk(
         v = k
     call = (q, k, v, block_table, seq_lens, causal, window, softcap, scale, sinks, cu_seqlens_q, cu_seqlens_k)
     return _core.select_topk(call, budget, metric, n_sink, n_recent, beta, norm, epsilon, value_norms, output)
+
+
+def pages(
+    q: Any,
+    k: Any,
+    v: Any = None,
+    budget: int | float | None = None,
+    metric: Literal["qk", "oam"] = "qk",
+    *,
+    page_size: int | None = None,
+    n_sink: int = 0,
+    n_recent: int = 0,
+    beta: float = 0.2,
+    norm: Literal["clipped", "log"] = "clipped",
+    epsilon: float = 1e-6,
+    block_table: Any = None,
+    seq_lens: Any = None,
+    causal: bool = True,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+) -> Selection:
+    """Whole pages of keys, ranked by a bound that no token of the page exceeds: topk() without reading the keys.
+
+    With kmin and kmax the element-wise minimum and maximum of a page's keys, the bound is
+
+        qk    scale * sum_d max(q_d kmin_d, q_d kmax_d)         (softcapped)
+        oam   the same + beta * max(0, log max |v|)
+
+    and again the maximum over the query heads of the KV head.
+
+    Args:
+        k: a cache made with page_bounds=True, which keeps them; or arrays, for which they are computed.
+        page_size: tokens of a page of arrays, counted from each request's first. A cache has its own.
+        budget: tokens to keep, rounded up to whole pages.
+        n_sink, n_recent: pages that hold one of these first or last tokens are always kept.
+
+    The other arguments, results and errors are those of topk(). Every token of a chosen page is listed.
+
+    Source: Quest (arXiv 2406.10774) for the bound, Stem (arXiv 2603.06274) for the value's term.
+    """
+    if v is None and metric == "qk" and not isinstance(k, KVCache):
+        v = k
+    call = (q, k, v, block_table, seq_lens, causal, window, softcap, scale, sinks, cu_seqlens_q, cu_seqlens_k)
+    return _core.select_pages(call, budget, metric, page_size, n_sink, n_recent, beta, norm, epsilon)
 
 
 def top_scores(

@@ -73,3 +73,35 @@ def check_list(chosen, metric, begin, end, budget, n_sink, n_recent, tolerance):
     if inside and outside:
         best = max(outside)
         assert min(inside) >= best - tolerance * max(1.0, abs(best)), (min(inside), best)
+
+
+def page_bound(q, k, v, metric, *, beta=0.2, norm="clipped", epsilon=1e-6, scale=None, softcap=0.0):
+    """The bound of a page for one query: q [group, D], k [n, D], v [n, Dv]."""
+    high, low = np.max(k, axis=0), np.min(k, axis=0)
+    best = -math.inf
+    for row in q:
+        row = np.asarray(row, np.float64) * (len(row) ** -0.5 if scale is None else scale)
+        s = sum(max(x * a, x * b) for x, a, b in zip(row, high, low, strict=True))
+        best = max(best, softcap * math.tanh(s / softcap) if softcap else s)
+    if metric == "oam":
+        longest = max(math.sqrt(float((x**2).sum())) for x in np.asarray(v, np.float64))
+        with np.errstate(divide="ignore"):
+            best += beta * (max(0.0, float(np.log(longest))) if norm == "clipped" else math.log(longest + epsilon))
+    return best
+
+
+def check_pages(chosen, bounds, begin, end, page_size, budget, n_sink, n_recent, tolerance):
+    """bounds[page] of the pages that tokens [begin, end) lie in; `chosen` are tokens."""
+    pages = range(begin // page_size, -(-end // page_size)) if begin < end else range(0)
+    always = {j // page_size for j in range(begin, end) if j < n_sink or j >= end - n_recent}
+    kept = {j // page_size for j in chosen}
+    assert list(chosen) == [j for j in range(begin, end) if j // page_size in kept]
+    assert always <= kept
+    wanted = (
+        min(budget, end - begin) if isinstance(budget, int) else min(math.ceil(budget * (end - begin)), end - begin)
+    )
+    assert len(kept) == min(len(pages), max(-(-wanted // page_size), len(always)))
+    inside = [bounds[p] for p in kept - always]
+    outside = [bounds[p] for p in pages if p not in kept]
+    if inside and outside:
+        assert min(inside) >= max(outside) - tolerance * max(1.0, abs(max(outside)))

@@ -339,6 +339,158 @@ def test_one_list_for_all_heads(rng, backend):
     np.testing.assert_array_equal(a, b)
 
 
+# --- pages ---
+
+
+def page_options(c, rng):
+    options = options_of(c, rng)
+    if options["metric"] == "loo":
+        options["metric"] = "oam"
+    options.pop("sinks", None)
+    return options
+
+
+def check_page_lists(found, q, k, v, page_size, options, tolerance):
+    """found [Sq][Hkv] of one request: q [Sq, Hq, D], k [Sk, Hkv, D], v [Sk, Hkv, Dv], meant as float64."""
+    options = dict(options)
+    budget, n_sink, n_recent = (options.pop(name) for name in ("budget", "n_sink", "n_recent"))
+    causal, window = options.pop("causal", True), options.pop("window", None)
+    group = q.shape[1] // k.shape[1]
+    for i in range(len(q)):
+        begin, end = selecting.seen_keys(i, len(q), len(k), causal, window)
+        for h in range(k.shape[1]):
+            bounds = {}
+            for page in range(-(-len(k) // page_size)):
+                part = slice(page * page_size, (page + 1) * page_size)
+                row = q[i, h * group : (h + 1) * group]
+                bounds[page] = selecting.page_bound(row, k[part, h], v[part, h], **options)
+            selecting.check_pages(found[i][h], bounds, begin, end, page_size, budget, n_sink, n_recent, tolerance)
+
+
+@settings(settings.get_profile("select"), max_examples=50)
+@given(calls(), st.integers(1, 20))
+def test_pages_over_arrays(c, page_size):
+    rng = np.random.default_rng(c["seed"])
+    (hq, hkv), (d, dv) = c["heads"], c["dims"]
+    sk = min(c["sk"], 100)
+    q, k, v = (
+        normal(rng, c["batch"], s, h, n, dtype=c["dtype"])
+        for s, h, n in ((c["sq"], hq, d), (sk, hkv, d), (sk, hkv, dv))
+    )
+    options = page_options(c, rng)
+    found = lists(select.pages(q, k, v, page_size=page_size, **options))
+    if c["sq"] == 1:
+        found = found[:, None]
+    for b in range(c["batch"]):
+        check_page_lists(found[b], *(np.asarray(x[b], np.float64) for x in (q, k, v)), page_size, options, 1e-4)
+
+
+def stored_as_meant(cache):
+    k = np.asarray(cache.k, np.float64)
+    if cache.k_scale is None:
+        return k
+    scale = cache.k_scale.astype(np.float64)
+    return k * (scale if scale.size == 1 else np.repeat(scale, cache.partition, axis=-1)[..., None])
+
+
+@settings(settings.get_profile("select"), max_examples=60)
+@given(calls(), st.sampled_from(FORMATS), st.sampled_from([1, 4, 16]), st.lists(st.integers(0, 50), max_size=3))
+def test_pages_over_a_cache(c, format, page_size, seq_lens):
+    """Appended in pieces, some of them written over: the bounds are those of what is there."""
+    rng = np.random.default_rng(c["seed"])
+    (hq, hkv), (d, dv) = c["heads"], c["dims"]
+    seq_lens = np.array(seq_lens, np.int32)
+    table, pages = paged(rng, seq_lens, page_size)
+    partition = 1 if format != "int8-a" else int(rng.choice([1, page_size]))
+    cache = heddle.KVCache(
+        pages, page_size, hkv, d, head_dim_v=dv, format=format, partition=partition, page_bounds=True
+    )
+    for array in (cache.k, cache.v, cache.page_bounds, cache.page_norms):
+        array.view(np.uint8)[...] = 0xFF if array.dtype != np.int8 else 0x7F
+    norms = np.zeros((len(seq_lens), 51, hkv))
+    held = np.zeros(len(seq_lens), np.int32)
+    if len(seq_lens):
+        sample = normal(rng, 1, 64, hkv, d), normal(rng, 1, 64, hkv, dv)
+        cache.calibrate(*sample)
+    while (held < seq_lens).any():
+        start = np.maximum(held - rng.integers(0, 3, len(held)), 0).astype(np.int32)  # the last ones again
+        count = np.minimum(rng.integers(1, 12, len(held)), seq_lens - start)
+        cu = np.concatenate([[0], np.cumsum(count)]).astype(np.int32)
+        k, v = normal(rng, cu[-1], hkv, d), normal(rng, cu[-1], hkv, dv)
+        held = np.asarray(cache.append(k, v, table, start, cu_seqlens=cu))
+        for b in range(len(held)):
+            norms[b, start[b] : held[b]] = np.linalg.norm(v[cu[b] : cu[b + 1]].astype(np.float64), axis=-1)
+    lengths = np.maximum(seq_lens - rng.integers(0, 2, len(seq_lens)), 0).astype(np.int32)  # the last one given up
+    q = normal(rng, len(seq_lens), c["sq"], hq, d)
+    options = page_options(c, rng)
+    selection = select.pages(q, cache, block_table=table, seq_lens=lengths, **options)
+    found = lists(selection)
+    if c["sq"] == 1:
+        found = found[:, None]
+    stored = stored_as_meant(cache)
+    meant_q = np.asarray(q, np.float64)
+    if format.startswith("int8"):
+        if cache.q_scale is not None and q.size:
+            scale = np.float64(cache.q_scale[0])
+        else:
+            scale = (np.abs(q).max(-1, keepdims=True, initial=0) / np.float32(127)).astype(np.float64)
+        meant_q = formula.quantize(meant_q, scale) * scale
+    for b, n in enumerate(lengths):
+        rk = np.array([stored[table[b, t // page_size], :, t % page_size] for t in range(n)]).reshape(n, hkv, d)
+        rv = norms[b, :n, :, None]  # a value of one number, as long
+        check_page_lists(found[b], meant_q[b], rk, rv, page_size, options, 2e-4)
+        for page in range(-(-int(seq_lens[b]) // page_size)):
+            slots = min(page_size, int(seq_lens[b]) - page * page_size)
+            at = table[b, page]
+            assert cache.page_tokens[at] == slots
+            rows = stored[at, :, :slots]
+            bounds = np.asarray(cache.page_bounds[at], np.float64)
+            if cache.k_scale is not None and cache.k_scale.size == 1:
+                bounds = bounds * np.float64(cache.k_scale[0])
+            np.testing.assert_allclose(bounds, np.stack([rows.max(1), rows.min(1)], 1), rtol=1e-6)
+            longest = norms[b, page * page_size :][:slots].max(0)
+            np.testing.assert_allclose(cache.page_norms[at], longest, rtol=1e-6)
+    heddle.decode(q, cache, table, lengths, selection=selection, causal=options["causal"], window=options["window"])
+
+
+def test_a_bound_holds(rng):
+    """No token of a page that was left out beats the bound of one that was kept, by more than the bounds' slack."""
+    q, k, v = normal(rng, 1, 1, 4, 32), normal(rng, 1, 256, 2, 32), 4 * normal(rng, 1, 256, 2, 32)
+    for h in range(2):
+        metric = selecting.token_metric(q[0, 0, 2 * h : 2 * h + 2], k[0, :, h], v[0, :, h], "oam")
+        for page in range(16):
+            part = slice(page * 16, page * 16 + 16)
+            bound = selecting.page_bound(q[0, 0, 2 * h : 2 * h + 2], k[0, part, h], v[0, part, h], "oam")
+            assert metric[part].max() <= bound + 1e-9
+
+
+def test_pages_need_their_bounds(rng):
+    q, k = normal(rng, 1, 1, 2, 8), normal(rng, 1, 40, 1, 8)
+    table, pages = paged(rng, [40], 8)
+    cache = heddle.KVCache(pages, 8, 1, 8)
+    seq_lens = cache.append(k, k, table, np.zeros(1, np.int32))
+    arguments = {"budget": 16, "block_table": table, "seq_lens": seq_lens}
+    with pytest.raises(heddle.HeddleValueError, match="cache: made without page_bounds") as caught:
+        select.pages(q, cache, **arguments)
+    assert caught.value.argument == "cache"
+    with pytest.raises(heddle.HeddleValueError, match="page_size: 0; allowed are 1"):
+        select.pages(q, k, k, 16)
+    with pytest.raises(heddle.HeddleValueError, match="loo has no bound"):
+        select.pages(q, k, k, 16, "loo", page_size=8)
+    with pytest.raises(heddle.HeddleValueError, match="a page's bound is NaN") as caught:
+        select.pages(q, with_nan(k, 0, 20, 0, 3), budget=16, page_size=8)
+    assert caught.value.argument == "k"
+    with pytest.raises(heddle.HeddleValueError, match="a page's bound is NaN") as caught:
+        select.pages(with_nan(q, 0, 0, 1, 3), k, budget=16, page_size=8)
+    assert caught.value.argument == "q"
+    bounded = heddle.KVCache(pages, 8, 1, 8, page_bounds=True)
+    assert bounded.nbytes > cache.nbytes
+    assert bounded.bytes_per_token > cache.bytes_per_token
+    assert cache.page_bounds is None
+    with pytest.raises(heddle.HeddleValueError, match="allowed is 8, the cache's own"):
+        select.pages(q, bounded, page_size=16, **arguments)
+
+
 # --- bad input ---
 
 Q, K, V = (normal(np.random.default_rng(3), 1, s, h, 8) for s, h in ((2, 4), (20, 2), (20, 2)))

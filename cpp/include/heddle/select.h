@@ -135,6 +135,23 @@ struct TopkOptions {
 HEDDLE_API Selection topk(const AttentionParams& call, const TopkOptions& options);
 HEDDLE_API Selection topk(const DecodeParams& call, const TopkOptions& options);
 
+// Pages instead of tokens: whole pages of keys, ranked by what none of their tokens can exceed,
+// scale * sum_d max(q_d kmin_d, q_d kmax_d) (softcapped), plus beta * the norm's term of the largest |v| with
+// Metric::kOam. kmin and kmax are the element-wise minimum and maximum of the page's keys: a cache keeps them
+// (CacheConfig::page_bounds), over arrays they are computed. The budget is in tokens and rounds up to pages, as do the
+// always-kept tokens. Token lists. Quest (arXiv 2406.10774), with the value's term.
+struct PagesOptions {
+  Budget budget{};
+  Metric metric = Metric::kQk;  // or kOam
+  std::int64_t page_size = 0;   // arrays: tokens of a page; a cache has its own
+  std::int64_t n_sink = 0, n_recent = 0;
+  double beta = 0.2;
+  Norm norm = Norm::kClipped;
+  double epsilon = 1e-6;
+};
+HEDDLE_API Selection pages(const AttentionParams& call, const PagesOptions& options);
+HEDDLE_API Selection pages(const DecodeParams& call, const PagesOptions& options);
+
 // The same of scores from elsewhere: float32 [B, Hkv, n], or [B, Sq, Hkv, n]; lengths int32, without the last axis:
 // how many count. Optional.
 struct ScoreOptions {

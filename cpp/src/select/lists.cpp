@@ -89,6 +89,13 @@ void check_always(const Budget& budget, std::int64_t n_sink, std::int64_t n_rece
   }
 }
 
+void check_value_term(double beta, double epsilon) {
+  check::finite("beta", beta);
+  check::finite("epsilon", epsilon);
+  if (!(epsilon > 0.0))
+    check::fail(ErrorCode::kValue, "epsilon", check::text(epsilon, "; allowed are numbers above 0"));
+}
+
 std::int64_t kept_of(const Budget& budget, std::int64_t seen) {
   if (budget.count > 0) return std::min(budget.count, seen);
   return std::min(seen, static_cast<std::int64_t>(std::ceil(budget.fraction * static_cast<double>(seen))));

@@ -37,6 +37,7 @@ class TokenLists {
   }
   void allocate(std::int64_t capacity);  // all lists empty
   std::int32_t* list(std::int64_t row) const { return indices_ + row * capacity_; }
+  std::int64_t length(std::int64_t row) const { return lengths_[row]; }
   // After its entries are written: the rest becomes -1.
   void set_length(std::int64_t row, std::int64_t length) const;
   // The job's list, given the metric of the keys that compete. False if one of them is NaN.
@@ -56,6 +57,8 @@ void check_always(const Budget& budget, std::int64_t n_sink, std::int64_t n_rece
 std::int64_t kept_of(const Budget& budget, std::int64_t seen);
 // Fills middle, recent and keep of a job from what it sees.
 void set_budget(const Budget& budget, std::int64_t n_sink, std::int64_t n_recent, ListJob& job);
+
+void check_value_term(double beta, double epsilon);
 
 // What selectors do not run: tensors of other devices, a call that has a selection already.
 void check_call(const Problem& problem);

@@ -354,11 +354,7 @@ void check_options(const Problem& problem, const TensorView& q, const TopkOption
   check_call(problem);
   check_budget(options.budget);
   check_always(options.budget, options.n_sink, options.n_recent);
-  check::finite("beta", options.beta);
-  check::finite("epsilon", options.epsilon);
-  if (!(options.epsilon > 0.0)) {
-    check::fail(ErrorCode::kValue, "epsilon", check::text(options.epsilon, "; allowed are numbers above 0"));
-  }
+  check_value_term(options.beta, options.epsilon);
   if (const TensorView& norms = options.value_norms; norms.given()) {
     if (options.metric != Metric::kOam || cache) {
       check::fail(ErrorCode::kValue, "value_norms",
