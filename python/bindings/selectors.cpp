@@ -95,19 +95,19 @@ class Call {
   DecodeParams decode_;
 };
 
-select::Budget to_budget(py::handle value) {
+select::Budget to_budget(py::handle value, const char* argument = "budget") {
   if (value.is_none()) {
-    check::fail(ErrorCode::kValue, "budget", "not given; a count or a fraction is needed");
+    check::fail(ErrorCode::kValue, argument, "not given; a count or a fraction is needed");
   }
   if (PyIndex_Check(value.ptr()) != 0) {
-    const std::int64_t count = to_int(value, "budget");
+    const std::int64_t count = to_int(value, argument);
     if (count == 0)
-      check::fail(ErrorCode::kValue, "budget", "0; allowed are 1 and above, and fractions above 0 up to 1");
+      check::fail(ErrorCode::kValue, argument, "0; allowed are 1 and above, and fractions above 0 up to 1");
     return {.count = count};
   }
-  const double fraction = to_double(value, "budget");
+  const double fraction = to_double(value, argument);
   if (!(fraction > 0.0)) {
-    check::fail(ErrorCode::kValue, "budget",
+    check::fail(ErrorCode::kValue, argument,
                 check::text(fraction, "; allowed are counts of 1 and above, and fractions above 0 up to 1"));
   }
   return {.fraction = fraction};
@@ -144,6 +144,57 @@ Selection pages(const py::tuple& call, py::object budget, py::object metric, py:
   return Call(call).make([&](const auto& params) { return select::pages(params, options); });
 }
 
+Selection stem(const py::tuple& call, py::object budget, py::object block, py::object stride, py::object decay,
+               py::object prompt_len, py::object n_first, py::object n_last, py::object beta, py::object norm,
+               py::object epsilon, py::object value_norms_) {
+  const Array value_norms = optional_array(value_norms_, "value_norms");
+  select::StemOptions options{.block = to_int(block, "block"),
+                              .stride = to_int(stride, "stride"),
+                              .decay = to_double(decay, "decay"),
+                              .n_first = to_int(n_first, "n_first"),
+                              .n_last = to_int(n_last, "n_last"),
+                              .beta = to_double(beta, "beta"),
+                              .norm = select::norm_from_string(to_string_view(norm, "norm")),
+                              .epsilon = to_double(epsilon, "epsilon"),
+                              .value_norms = value_norms.view};
+  if (!budget.is_none()) options.budget = to_budget(budget);
+  if (!prompt_len.is_none()) {
+    options.prompt_len = to_int(prompt_len, "prompt_len");
+    check::at_least("prompt_len", options.prompt_len, 1);
+  }
+  return Call(call).make([&](const auto& params) { return select::stem(params, options); });
+}
+
+Selection block_topk(const py::tuple& call, py::object budget, py::object block, py::object n_first,
+                     py::object n_last) {
+  const select::BlockTopkOptions options{.budget = to_budget(budget),
+                                         .block = to_int(block, "block"),
+                                         .n_first = to_int(n_first, "n_first"),
+                                         .n_last = to_int(n_last, "n_last")};
+  return Call(call).make([&](const auto& params) { return select::block_topk(params, options); });
+}
+
+Selection xattention(const py::tuple& call, py::object threshold, py::object block, py::object stride,
+                     py::object n_first, py::object n_last) {
+  const select::XAttentionOptions options{.threshold = to_double(threshold, "threshold"),
+                                          .block = to_int(block, "block"),
+                                          .stride = to_int(stride, "stride"),
+                                          .n_first = to_int(n_first, "n_first"),
+                                          .n_last = to_int(n_last, "n_last")};
+  return Call(call).make([&](const auto& params) { return select::xattention(params, options); });
+}
+
+Selection vertical_slash(const py::tuple& call, py::object vertical, py::object slash, py::object n_queries,
+                         py::object block, py::object n_first, py::object n_last) {
+  const select::VerticalSlashOptions options{.vertical = to_budget(vertical, "vertical"),
+                                             .slash = to_budget(slash, "slash"),
+                                             .n_queries = to_int(n_queries, "n_queries"),
+                                             .block = to_int(block, "block"),
+                                             .n_first = to_int(n_first, "n_first"),
+                                             .n_last = to_int(n_last, "n_last")};
+  return Call(call).make([&](const auto& params) { return select::vertical_slash(params, options); });
+}
+
 Selection top_scores(py::object scores_, py::object budget, py::object n_sink, py::object n_recent,
                      py::object lengths_) {
   const Array scores = array(scores_, "scores"), lengths = optional_array(lengths_, "lengths");
@@ -160,6 +211,10 @@ Selection top_scores(py::object scores_, py::object budget, py::object n_sink, p
 void bind_selectors(py::module_& m) {
   m.def("select_topk", &topk);
   m.def("select_pages", &pages);
+  m.def("select_stem", &stem);
+  m.def("select_block_topk", &block_topk);
+  m.def("select_xattention", &xattention);
+  m.def("select_vertical_slash", &vertical_slash);
   m.def("select_top_scores", &top_scores);
 }
 

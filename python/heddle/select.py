@@ -26,7 +26,21 @@ from heddle import _core
 from heddle._core import KVCache, Selection
 from heddle._errors import HeddleValueError, refuse
 
-__all__ = ["Selection", "block_mask", "mass", "pages", "strided", "tokens", "top_scores", "topk", "window"]
+__all__ = [
+    "Selection",
+    "block_mask",
+    "block_topk",
+    "mass",
+    "pages",
+    "stem",
+    "strided",
+    "tokens",
+    "top_scores",
+    "topk",
+    "vertical_slash",
+    "window",
+    "xattention",
+]
 
 Window = int | tuple[int | None, int | None]
 
@@ -182,6 +196,175 @@ def pages(
         v = k
     call = (q, k, v, block_table, seq_lens, causal, window, softcap, scale, sinks, cu_seqlens_q, cu_seqlens_k)
     return _core.select_pages(call, budget, metric, page_size, n_sink, n_recent, beta, norm, epsilon)
+
+
+def stem(
+    q: Any,
+    k: Any,
+    v: Any = None,
+    budget: int | float | None = None,
+    *,
+    block: int = 128,
+    stride: int = 8,
+    decay: float = 0.7,
+    prompt_len: int | None = None,
+    n_first: int = 4,
+    n_last: int = 4,
+    beta: float = 0.2,
+    norm: Literal["clipped", "log", "zscore"] = "clipped",
+    epsilon: float = 1e-6,
+    value_norms: Any = None,
+    block_table: Any = None,
+    seq_lens: Any = None,
+    causal: bool = True,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+) -> Selection:
+    """Stem: blocks for prefill by anti-diagonal scores, output-aware, with budgets that decay with position.
+
+    The score of block (I, J) is the mean over its stride x stride sub-blocks of their anti-diagonal sums of q . k,
+    times scale / stride, plus beta times the V term of J. Tokens that a ragged block lacks count as zero. Block row I
+    of a prompt of N block rows keeps the
+
+        k(I) = ceil(k_s - k_s (1 - decay) I / N)
+
+    best of the blocks that it sees, the always-kept ones among them.
+
+    Args:
+        q, k, v, and the options of the call: see the module. softcap and sinks play no part.
+        budget: k_s in blocks, or as a fraction of the n key blocks of the prompt. None is the published schedule: n if
+            n < 56, 0.2 n + 30 if n < 160, else 0.1 n + 30.
+        block: queries and keys of a block.
+        stride: of the anti-diagonals, a divisor of block; 8 and 16 are usual.
+        decay: the part of the budget that is left at the prompt's end (mu).
+        prompt_len: tokens of the whole prompt, if k is not all of it. Given that, chunks that begin at multiples of
+            block select the blocks of a single pass (but not with "zscore", which looks at all keys there are).
+        n_first, n_last: the first blocks of the request and the last that a block row sees are always kept, as are
+            those that hold its own positions.
+        beta, norm, epsilon: the V term is beta times "clipped": max(0, log max |v|); "log": log(max |v| + epsilon); or
+            "zscore": max(0, z) of log(max |v| + epsilon) by stride-groups over the head, averaged by block (with beta
+            0.2 or 0.3 in public code).
+        value_norms: |v| as for topk().
+
+    Returns:
+        A block mask, bool [B, Hq, nQ, nK]: a choice for every query head.
+
+    Raises:
+        HeddleValueError: as topk(), and for a stride that does not divide block, a decay outside [0, 1], a prompt_len
+            below the keys there are.
+
+    Sources: Stem (arXiv 2603.06274); "zscore" is the form of its public code.
+    """
+    call = (q, k, v, block_table, seq_lens, causal, window, softcap, scale, sinks, cu_seqlens_q, cu_seqlens_k)
+    options = (block, stride, decay, prompt_len, n_first, n_last, beta, norm, epsilon, value_norms)
+    return _core.select_stem(call, budget, *options)
+
+
+def block_topk(
+    q: Any,
+    k: Any,
+    v: Any = None,
+    budget: int | float | None = None,
+    *,
+    block: int = 128,
+    n_first: int = 0,
+    n_last: int = 1,
+    block_table: Any = None,
+    seq_lens: Any = None,
+    causal: bool = True,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+) -> Selection:
+    """The best blocks of each block row by mean-pooled queries times mean-pooled keys.
+
+    budget counts blocks of a row, or is a fraction of those it sees. n_first, n_last, results and errors are those of
+    stem(); v is not looked at.
+    """
+    if v is None and not isinstance(k, KVCache):
+        v = k
+    call = (q, k, v, block_table, seq_lens, causal, window, softcap, scale, sinks, cu_seqlens_q, cu_seqlens_k)
+    return _core.select_block_topk(call, budget, block, n_first, n_last)
+
+
+def xattention(
+    q: Any,
+    k: Any,
+    v: Any = None,
+    threshold: float = 0.9,
+    *,
+    block: int = 128,
+    stride: int = 8,
+    n_first: int = 0,
+    n_last: int = 1,
+    block_table: Any = None,
+    seq_lens: Any = None,
+    causal: bool = True,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+) -> Selection:
+    """XAttention: the fewest blocks of each block row that hold a part of its mass, estimated on anti-diagonals.
+
+    The anti-diagonal sums of q . k of the stride x stride sub-blocks, times scale / stride, go through a softmax over
+    the sub-blocks that a stride-group of queries sees; a block's mass is the sum over its sub-blocks. The always-kept
+    blocks come first, then the heaviest until `threshold` of the mass is reached.
+
+    n_first, n_last, results and errors are those of stem(); v is not looked at.
+
+    Source: XAttention (arXiv 2503.16428).
+    """
+    if v is None and not isinstance(k, KVCache):
+        v = k
+    call = (q, k, v, block_table, seq_lens, causal, window, softcap, scale, sinks, cu_seqlens_q, cu_seqlens_k)
+    return _core.select_xattention(call, threshold, block, stride, n_first, n_last)
+
+
+def vertical_slash(
+    q: Any,
+    k: Any,
+    v: Any = None,
+    vertical: int | float | None = None,
+    slash: int | float | None = None,
+    *,
+    n_queries: int = 64,
+    block: int = 128,
+    n_first: int = 0,
+    n_last: int = 1,
+    block_table: Any = None,
+    seq_lens: Any = None,
+    causal: bool = True,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+) -> Selection:
+    """Vertical-slash by blocks: the block columns and block diagonals that the last queries attend to.
+
+    The probabilities of the last n_queries queries of a request are summed by key block, and by distance in blocks
+    between the query's position and the key. The best `vertical` block columns and `slash` block diagonals, counts or
+    fractions of the key blocks, are read by all queries.
+
+    n_first, n_last, results and errors are those of stem(); v is not looked at.
+
+    Source: the vertical-slash pattern of MInference (arXiv 2407.02490), there by single columns and diagonals.
+    """
+    if v is None and not isinstance(k, KVCache):
+        v = k
+    call = (q, k, v, block_table, seq_lens, causal, window, softcap, scale, sinks, cu_seqlens_q, cu_seqlens_k)
+    return _core.select_vertical_slash(call, vertical, slash, n_queries, block, n_first, n_last)
 
 
 def top_scores(

@@ -105,3 +105,126 @@ def check_pages(chosen, bounds, begin, end, page_size, budget, n_sink, n_recent,
     outside = [bounds[p] for p in pages if p not in kept]
     if inside and outside:
         assert min(inside) >= max(outside) - tolerance * max(1.0, abs(max(outside)))
+
+
+# --- blocks ---
+
+
+def antidiagonal(q, k, stride):
+    """The sum over the anti-diagonal of a sub-block; rows that are not there count as zero."""
+    total = 0.0
+    for i in range(stride):
+        j = stride - 1 - i
+        if i < len(q) and j < len(k):
+            total += float(q[i] @ k[j])
+    return total
+
+
+def stem_score(q, k, stride, scale):
+    """Of one block: q [rows, D], k [columns, D]."""
+    sums = [
+        antidiagonal(q[a : a + stride], k[b : b + stride], stride)
+        for a in range(0, len(q), stride)
+        for b in range(0, len(k), stride)
+    ]
+    return sum(sums) / len(sums) * scale / stride
+
+
+def stem_value_terms(v, block, stride, beta, norm, epsilon):
+    """Of every key block of a head: v [Sk, Dv]."""
+    if len(v) == 0:
+        return []
+    lengths = np.sqrt((v**2).sum(-1))
+    starts = range(0, len(v), block)
+    with np.errstate(divide="ignore"):
+        if norm == "clipped":
+            return [beta * max(0.0, float(np.log(lengths[j : j + block].max()))) for j in starts]
+        if norm == "log":
+            return [beta * math.log(lengths[j : j + block].max() + epsilon) for j in starts]
+    logs = np.array([math.log(lengths[g : g + stride].max() + epsilon) for g in range(0, len(v), stride)])
+    whole = logs[: len(v) // stride] if len(v) >= stride else logs
+    deviation = whole.std(ddof=1) if len(whole) > 1 else 0.0
+    z = np.maximum(0.0, (logs - whole.mean()) / (deviation + 1e-6))
+    return [beta * float(z[j // stride : j // stride + block // stride].mean()) for j in starts]
+
+
+def stem_start(budget, n):
+    if isinstance(budget, int):
+        return min(budget, n)
+    if budget is not None:
+        return budget * n
+    return n if n < 56 else 0.2 * n + 30 if n < 160 else 0.1 * n + 30
+
+
+def stem_budget(budget, n, decay, position):
+    start = float(stem_start(budget, n))
+    return math.ceil(start - start * (1.0 - decay) * position / n)
+
+
+def block_row(row, block, sq, sk, causal, window):
+    """Key blocks that a block row sees, its own ones, and the block of positions of its first query."""
+    queries = range(row * block, min((row + 1) * block, sq))
+    spans = [seen_keys(i, sq, sk, causal, window) for i in (queries[0], queries[-1])]
+    begin, end = spans[0][0], spans[1][1]
+    seen = list(range(begin // block, -(-end // block))) if begin < end else []
+    positions = [i + sk - sq for i in queries]
+    own = {p // block for p in positions if p >= 0} & set(seen)
+    return seen, own, max(0, positions[0]) // block
+
+
+def always_kept(seen, own, n_first, n_last):
+    return {j for j in seen if j < n_first} | set(seen[len(seen) - min(n_last, len(seen)) :]) | own
+
+
+def check_blocks(chosen, scores, seen, always, wanted, tolerance):
+    """`chosen` blocks of a row; scores by block."""
+    assert set(chosen) <= set(seen)
+    assert always <= set(chosen)
+    assert len(chosen) == min(len(seen), max(wanted, len(always)))
+    inside = [scores[j] for j in chosen if j not in always]
+    outside = [scores[j] for j in seen if j not in chosen]
+    if inside and outside:
+        assert min(inside) >= max(outside) - tolerance * max(1.0, abs(max(outside)))
+
+
+def group_mass(q, k, sq, sk, row, block, stride, scale, causal, window):
+    """XAttention's mass of each key block for a block row of one head: q [Sq, D], k [Sk, D]."""
+    mass = np.zeros(-(-sk // block))
+    first, last = row * block, min((row + 1) * block, sq)
+    for a in range(first, last, stride):
+        members = range(a, min(a + stride, last))
+        begin = seen_keys(members[0], sq, sk, causal, window)[0] // stride
+        end = -(-seen_keys(members[-1], sq, sk, causal, window)[1] // stride)
+        groups = range(begin, end)
+        if not groups:
+            continue
+        s = np.array(
+            [
+                antidiagonal(q[a : members[-1] + 1], k[g * stride : min((g + 1) * stride, sk)], stride) * scale / stride
+                for g in groups
+            ]
+        )
+        p = np.exp(s - s.max())
+        for g, x in zip(groups, p / p.sum(), strict=True):
+            mass[g * stride // block] += x
+    return mass
+
+
+def last_query_mass(q, k, n_queries, block, scale, softcap, causal, window):
+    """Vertical and slash mass by blocks for one head."""
+    sq, sk = len(q), len(k)
+    columns = -(-sk // block)
+    vertical, slash = np.zeros(columns), np.zeros(columns)
+    for i in range(max(0, sq - n_queries), sq):
+        begin, end = seen_keys(i, sq, sk, causal, window)
+        if begin >= end:
+            continue
+        s = scores(q[i], k[begin:end], scale, softcap)
+        p = np.exp(s - s.max())
+        p /= p.sum()
+        for j in range(begin, end):
+            vertical[j // block] += p[j - begin]
+            distance = (i + sk - sq) // block - j // block
+            if distance >= 0:
+                slash[distance] += p[j - begin]
+    return vertical, slash

@@ -107,10 +107,11 @@ enum class Metric : std::uint8_t {
 enum class Norm : std::uint8_t {
   kClipped,  // max(0, log |v|)
   kLog,      // log(|v| + epsilon)
+  kZScore,   // blocks only: max(0, z) of log(max |v| + epsilon) over the stride-groups of a head, averaged by block
 };
 
 HEDDLE_API Metric metric_from_string(std::string_view name);  // "qk", "oam", "loo"
-HEDDLE_API Norm norm_from_string(std::string_view name);      // "clipped", "log"
+HEDDLE_API Norm norm_from_string(std::string_view name);      // "clipped", "log", "zscore"
 
 // The first n_sink keys of the request and the last n_recent that a query sees are always kept, as part of the budget.
 // A fraction that is less than these keeps just these.
@@ -160,6 +161,65 @@ struct ScoreOptions {
   TensorView lengths{};
 };
 HEDDLE_API Selection top_scores(const TensorView& scores, const ScoreOptions& options);
+
+// --- block masks, for prefill ---
+//
+// bool [B, Hq, nQ, nK] over blocks of `block` queries x `block` keys: a choice for every query head. A block row sees
+// the key blocks that causality and window leave its queries some key of; the first n_first of the request and the last
+// n_last that it sees are always kept, as are those that hold its own positions. Softcap and sinks play no part in
+// block scores. On the CPU; kValue for a score that is NaN.
+
+// Stem (arXiv 2603.06274). The score of block (I, J) is the mean over its stride x stride sub-blocks of their
+// anti-diagonal sums of q . k, times scale / stride (absent tokens count as zero), plus beta times the V term of J: the
+// largest norm's (clipped, log), or the mean z-score of the stride-groups (zscore). Of what it sees, block row I of a
+// prompt of N block rows keeps the k(I) best, k(I) = ceil(k_s - k_s (1 - decay) I / N), the always-kept ones among
+// them. k_s, with n key blocks in the prompt: n if n < 56, 0.2 n + 30 if n < 160, else 0.1 n + 30; or the budget, a
+// count or a fraction of n. A chunk whose first query stands at a multiple of `block` selects what a single pass does
+// (zscore does not, since it looks at all keys there are).
+struct StemOptions {
+  Budget budget{};  // neither: the schedule's own
+  std::int64_t block = 128, stride = 8;
+  double decay = 0.7;
+  std::int64_t prompt_len = 0;  // tokens of the whole prompt; 0: the keys of each request
+  std::int64_t n_first = 4, n_last = 4;
+  double beta = 0.2;
+  Norm norm = Norm::kClipped;
+  double epsilon = 1e-6;
+  TensorView value_norms{};  // as in TopkOptions
+};
+HEDDLE_API Selection stem(const AttentionParams& call, const StemOptions& options);
+HEDDLE_API Selection stem(const DecodeParams& call, const StemOptions& options);
+
+// The best by mean-pooled queries times mean-pooled keys; a fraction is of the blocks that a row sees.
+struct BlockTopkOptions {
+  Budget budget{};
+  std::int64_t block = 128;
+  std::int64_t n_first = 0, n_last = 1;
+};
+HEDDLE_API Selection block_topk(const AttentionParams& call, const BlockTopkOptions& options);
+HEDDLE_API Selection block_topk(const DecodeParams& call, const BlockTopkOptions& options);
+
+// XAttention (arXiv 2503.16428): softmax of the anti-diagonal sums times scale / stride, over the sub-blocks that a
+// stride-group of queries sees; of the block sums' means, the fewest that hold `threshold` of the mass.
+struct XAttentionOptions {
+  double threshold = 0.9;
+  std::int64_t block = 128, stride = 8;
+  std::int64_t n_first = 0, n_last = 1;
+};
+HEDDLE_API Selection xattention(const AttentionParams& call, const XAttentionOptions& options);
+HEDDLE_API Selection xattention(const DecodeParams& call, const XAttentionOptions& options);
+
+// Vertical-slash (MInference, arXiv 2407.02490) by blocks: the probabilities of the last n_queries, summed by key block
+// and by distance in blocks (of positions), choose block columns and block diagonals for every row. Budgets are counts,
+// or fractions of the key blocks.
+struct VerticalSlashOptions {
+  Budget vertical{}, slash{};
+  std::int64_t n_queries = 64;
+  std::int64_t block = 128;
+  std::int64_t n_first = 0, n_last = 1;
+};
+HEDDLE_API Selection vertical_slash(const AttentionParams& call, const VerticalSlashOptions& options);
+HEDDLE_API Selection vertical_slash(const DecodeParams& call, const VerticalSlashOptions& options);
 
 }  // namespace select
 

@@ -64,17 +64,31 @@ Selection TokenLists::selection(double density) const {
   return Selection::tokens(indices, lengths, memory_, packed_).with_density(density);
 }
 
-void check_budget(const Budget& budget) {
+Metric metric_from_string(std::string_view name) {
+  if (name == "qk") return Metric::kQk;
+  if (name == "oam") return Metric::kOam;
+  if (name == "loo") return Metric::kLoo;
+  check::fail(ErrorCode::kValue, "metric", check::text("'", name, "' does not exist; allowed are qk, oam, loo"));
+}
+
+Norm norm_from_string(std::string_view name) {
+  if (name == "clipped") return Norm::kClipped;
+  if (name == "log") return Norm::kLog;
+  if (name == "zscore") return Norm::kZScore;
+  check::fail(ErrorCode::kValue, "norm", check::text("'", name, "' does not exist; allowed are clipped, log, zscore"));
+}
+
+void check_budget(const Budget& budget, std::string_view argument) {
   if (budget.count != 0 && budget.fraction != 0.0) {
-    check::fail(ErrorCode::kValue, "budget", "a count and a fraction; allowed is one of them");
+    check::fail(ErrorCode::kValue, argument, "a count and a fraction; allowed is one of them");
   }
   if (budget.fraction != 0.0) {
     if (!(budget.fraction > 0.0 && budget.fraction <= 1.0)) {
-      check::fail(ErrorCode::kValue, "budget",
+      check::fail(ErrorCode::kValue, argument,
                   check::text(budget.fraction, "; allowed are counts of 1 and above, and fractions above 0 up to 1"));
     }
   } else if (budget.count < 1) {
-    check::fail(ErrorCode::kValue, "budget",
+    check::fail(ErrorCode::kValue, argument,
                 check::text(budget.count, "; allowed are counts of 1 and above, and fractions above 0 up to 1"));
   }
 }
@@ -94,6 +108,11 @@ void check_value_term(double beta, double epsilon) {
   check::finite("epsilon", epsilon);
   if (!(epsilon > 0.0))
     check::fail(ErrorCode::kValue, "epsilon", check::text(epsilon, "; allowed are numbers above 0"));
+}
+
+void check_token_norm(Norm norm) {
+  if (norm != Norm::kZScore) return;
+  check::fail(ErrorCode::kValue, "norm", "zscore compares blocks; allowed for tokens and pages are clipped, log");
 }
 
 std::int64_t kept_of(const Budget& budget, std::int64_t seen) {

@@ -51,7 +51,7 @@ class TokenLists {
   std::int32_t *indices_ = nullptr, *lengths_ = nullptr;
 };
 
-void check_budget(const Budget& budget);
+void check_budget(const Budget& budget, std::string_view argument = "budget");
 // The always-kept counts fit the budget.
 void check_always(const Budget& budget, std::int64_t n_sink, std::int64_t n_recent);
 std::int64_t kept_of(const Budget& budget, std::int64_t seen);
@@ -59,6 +59,7 @@ std::int64_t kept_of(const Budget& budget, std::int64_t seen);
 void set_budget(const Budget& budget, std::int64_t n_sink, std::int64_t n_recent, ListJob& job);
 
 void check_value_term(double beta, double epsilon);
+void check_token_norm(Norm norm);  // one that a token has by itself
 
 // What selectors do not run: tensors of other devices, a call that has a selection already.
 void check_call(const Problem& problem);

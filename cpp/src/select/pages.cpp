@@ -185,7 +185,9 @@ void Pages::make_jobs() {
         job.begin = job.first / page_size_;
         job.end = job.first < last ? ceil_div(last, page_size_) : job.begin;
         const std::int64_t recent = std::min(options_.n_recent, job.last - job.first);
-        job.middle = std::clamp(ceil_div(options_.n_sink, page_size_), job.begin, job.end);
+        job.middle = job.begin;  // a window may have passed the first tokens by
+        if (options_.n_sink > job.first)
+          job.middle = std::min(ceil_div(std::min(options_.n_sink, kFar), page_size_), job.end);
         job.recent = recent > 0 ? std::clamp((last - recent) / page_size_, job.middle, job.end) : job.end;
         const std::int64_t wanted = ceil_div(kept_of(options_.budget, job.last - job.first), page_size_);
         job.keep = std::min(job.seen(), std::max(wanted, job.seen() - job.contested()));
@@ -316,6 +318,7 @@ void check_options(const Problem& problem, const PagesOptions& options) {
   check_budget(options.budget);
   check_always(options.budget, options.n_sink, options.n_recent);
   check_value_term(options.beta, options.epsilon);
+  check_token_norm(options.norm);
   if (options.metric == Metric::kLoo) {
     check::fail(ErrorCode::kValue, "metric", "loo has no bound by pages; allowed are qk, oam");
   }

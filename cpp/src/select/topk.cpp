@@ -14,6 +14,7 @@
 #include "core/kernels.h"
 #include "host/workspace.h"
 #include "select/lists.h"
+#include "select/norms.h"
 #include "select/scores.h"
 #include "select/visibility.h"
 
@@ -22,66 +23,6 @@ namespace {
 
 constexpr std::int64_t kChunk = 2048;                          // keys that are scored at a time
 constexpr std::int64_t kBatchFloats = std::int64_t{16} << 20;  // metrics that are kept at a time
-
-// |v| of keys [begin, end) of a request's KV head.
-class Norms {
- public:
-  Norms(const Problem& problem, const TopkOptions& options, const KVCache* cache) : p_(problem) {
-    if (cache != nullptr) {
-      stored_ = cache->value_norms();
-    } else if (options.value_norms.given()) {
-      given_ = options.value_norms;
-    } else {
-      compute();
-    }
-  }
-
-  // The norms of keys [begin, end), or where to copy them from: `buffer` holds end - begin.
-  const float* get(std::int64_t request, std::int64_t kv_head, std::int64_t begin, std::int64_t end,
-                   float* buffer) const {
-    const Request& r = p_.requests[static_cast<std::size_t>(request)];
-    if (!computed_.empty())
-      return computed_.data() + first_[static_cast<std::size_t>(request)] + kv_head * r.kv_len + begin;
-    if (given_.given()) {
-      const int token = given_.rank - 2;
-      const float* at = given_.as<const float>() + (given_.rank == 3 ? request * given_.strides[0] : 0) +
-                        kv_head * given_.strides[token + 1];
-      for (std::int64_t j = begin; j < end; ++j) buffer[j - begin] = at[(r.k_first + j) * given_.strides[token]];
-      return buffer;
-    }
-    for (std::int64_t j = begin; j < end;) {
-      const Place at = place_of(p_, r, j);
-      const std::int64_t run = std::min(end - j, p_.page_size - at.slot);
-      std::copy_n(stored_.as<const float>() + at.page * stored_.strides[0] + kv_head * stored_.strides[1] + at.slot,
-                  run, buffer + (j - begin));
-      j += run;
-    }
-    return buffer;
-  }
-
- private:
-  void compute() {
-    std::int64_t total = 0;
-    for (const Request& r : p_.requests) {
-      first_.push_back(total);
-      total += r.kv_len * p_.num_kv_heads;
-    }
-    computed_.resize(static_cast<std::size_t>(std::max<std::int64_t>(total, 1)));
-    for (std::size_t b = 0; b < p_.requests.size(); ++b) {
-      const std::int64_t keys = p_.requests[b].kv_len;
-      for_ranges(keys, keys * p_.num_kv_heads * p_.v.dim, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t h = 0; h < p_.num_kv_heads; ++h) {
-          value_norms(p_, static_cast<std::int64_t>(b), h, begin, end, computed_.data() + first_[b] + h * keys + begin);
-        }
-      });
-    }
-  }
-
-  const Problem& p_;
-  TensorView stored_{}, given_{};
-  std::vector<float> computed_;
-  std::vector<std::int64_t> first_;
-};
 
 // The outputs that leave-one-out measures from: rows of float32.
 struct Outputs {
@@ -126,7 +67,7 @@ class Topk {
         options_(options),
         kernels_(host::select_kernels()),
         lists_(q, problem.packed, problem.num_kv_heads) {
-    if (options.metric == Metric::kOam) norms_ = std::make_unique<Norms>(problem, options, cache);
+    if (options.metric == Metric::kOam) norms_ = std::make_unique<Norms>(problem, options.value_norms, cache);
     if (options.metric == Metric::kLoo) {
       outputs_ = options.output.given() ? given_output(options.output) : full_output(problem, q);
     }
@@ -355,24 +296,13 @@ void check_options(const Problem& problem, const TensorView& q, const TopkOption
   check_budget(options.budget);
   check_always(options.budget, options.n_sink, options.n_recent);
   check_value_term(options.beta, options.epsilon);
+  check_token_norm(options.norm);
   if (const TensorView& norms = options.value_norms; norms.given()) {
     if (options.metric != Metric::kOam || cache) {
       check::fail(ErrorCode::kValue, "value_norms",
                   cache ? "given with a cache, which keeps its own" : "given; allowed with metric oam only");
     }
-    check::given("value_norms", norms);
-    check::dtype("value_norms", norms, {DType::kFloat32});
-    check::device("value_norms", norms, problem.device, "q");
-    check::rank("value_norms", norms, problem.packed ? 2 : 3);
-    if (!problem.packed) {
-      check::axis("value_norms", norms, 0, "batch", static_cast<std::int64_t>(problem.requests.size()), "as in q");
-    }
-    std::int64_t keys = 0;
-    for (const Request& r : problem.requests) keys = std::max(keys, r.k_first + r.kv_len);
-    if (problem.packed ? norms.shape[0] < keys : norms.shape[1] != keys) {
-      check::axis("value_norms", norms, norms.rank - 2, "keys", keys, "as in k");
-    }
-    check::axis("value_norms", norms, norms.rank - 1, "heads", problem.num_kv_heads, "the KV heads");
+    check_value_norms(problem, norms);
   }
   if (const TensorView& o = options.output; o.given()) {
     if (options.metric != Metric::kLoo) {
@@ -391,19 +321,6 @@ void check_options(const Problem& problem, const TensorView& q, const TopkOption
 }
 
 }  // namespace
-
-Metric metric_from_string(std::string_view name) {
-  if (name == "qk") return Metric::kQk;
-  if (name == "oam") return Metric::kOam;
-  if (name == "loo") return Metric::kLoo;
-  check::fail(ErrorCode::kValue, "metric", check::text("'", name, "' does not exist; allowed are qk, oam, loo"));
-}
-
-Norm norm_from_string(std::string_view name) {
-  if (name == "clipped") return Norm::kClipped;
-  if (name == "log") return Norm::kLog;
-  check::fail(ErrorCode::kValue, "norm", check::text("'", name, "' does not exist; allowed are clipped, log"));
-}
 
 Selection topk(const AttentionParams& call, const TopkOptions& options) {
   const Problem problem = problem_of(call, false);
