@@ -195,6 +195,16 @@ Selection vertical_slash(const py::tuple& call, py::object vertical, py::object 
   return Call(call).make([&](const auto& params) { return select::vertical_slash(params, options); });
 }
 
+Selection indexer(const py::tuple& call, py::object weights_, py::object budget, py::object n_sink,
+                  py::object n_recent) {
+  const Array weights = array(weights_, "weights");
+  const select::IndexerOptions options{.budget = to_budget(budget),
+                                       .weights = weights.view,
+                                       .n_sink = to_int(n_sink, "n_sink"),
+                                       .n_recent = to_int(n_recent, "n_recent")};
+  return Call(call).make([&](const auto& params) { return select::indexer(params, options); });
+}
+
 Selection top_scores(py::object scores_, py::object budget, py::object n_sink, py::object n_recent,
                      py::object lengths_) {
   const Array scores = array(scores_, "scores"), lengths = optional_array(lengths_, "lengths");
@@ -215,6 +225,7 @@ void bind_selectors(py::module_& m) {
   m.def("select_block_topk", &block_topk);
   m.def("select_xattention", &xattention);
   m.def("select_vertical_slash", &vertical_slash);
+  m.def("select_indexer", &indexer);
   m.def("select_top_scores", &top_scores);
 }
 

@@ -23,13 +23,14 @@ from typing import Any, Literal
 import numpy as np
 
 from heddle import _core
-from heddle._core import KVCache, Selection
-from heddle._errors import HeddleValueError, refuse
+from heddle._core import KVCache, QuantizedTensor, Selection
+from heddle._errors import HeddleError, HeddleValueError, refuse, rename
 
 __all__ = [
     "Selection",
     "block_mask",
     "block_topk",
+    "indexer",
     "mass",
     "pages",
     "stem",
@@ -365,6 +366,59 @@ def vertical_slash(
         v = k
     call = (q, k, v, block_table, seq_lens, causal, window, softcap, scale, sinks, cu_seqlens_q, cu_seqlens_k)
     return _core.select_vertical_slash(call, vertical, slash, n_queries, block, n_first, n_last)
+
+
+def indexer(
+    q_index: Any,
+    k_index: Any,
+    weights: Any,
+    budget: int | float,
+    *,
+    n_sink: int = 0,
+    n_recent: int = 0,
+    scale: float = 1.0,
+    block_table: Any = None,
+    seq_lens: Any = None,
+    causal: bool = True,
+    window: Window | None = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+) -> Selection:
+    """The tokens that a DSA indexer ranks highest, exactly, for each query.
+
+        I(t, s) = sum_h weights[t, h] * max(0, scale * q_index[t, h] . k_index[s])
+
+    Args:
+        q_index: index queries [B, Sq, Hi, Di]; float32, float16, bfloat16, or an INT8 QuantizedTensor.
+        k_index: index keys, one a token: [B, Sk, Di] or [B, Sk, 1, Di], of q_index's dtype, or a QuantizedTensor (INT8
+            or FP8, of granularity "token" for a scale a token); or a KVCache with one KV head, with block_table and
+            seq_lens (its values are not looked at: head_dim_v=1 keeps them small).
+        weights: floats [B, Sq, Hi].
+        budget, n_sink, n_recent: as for topk().
+        causal, window, cu_seqlens_q, cu_seqlens_k: as in the attention that follows; packed arrays drop B and S for
+            a total-token axis.
+
+    Returns:
+        Token lists for all KV heads: int32 [B, 1, n] if there is one query a request, else [B, Sq, 1, n] (packed:
+        [total_q, 1, n]), ascending, padded with -1, with lengths.
+
+    Raises:
+        HeddleValueError: as topk(), and for weights of another shape. A score that is NaN names whose NaN it is.
+
+    Source: DeepSeek-V3.2's lightning indexer.
+    """
+    k = k_index
+    if not isinstance(k, KVCache):
+        rank, expected = len(getattr(k, "shape", ())), len(getattr(q_index, "shape", ()))
+        if rank and rank == expected - 1 and not isinstance(k, QuantizedTensor):
+            k = k[..., None, :]
+    v = None if isinstance(k, KVCache) else k
+    call = (q_index, k, v, block_table, seq_lens, causal, window, 0.0, scale, None, cu_seqlens_q, cu_seqlens_k)
+    try:
+        return _core.select_indexer(call, weights, budget, n_sink, n_recent)
+    except HeddleError as error:
+        names = {"q": "q_index", "k": "k_index"}
+        raise rename(error, names[error.argument]) if error.argument in names else error from None
 
 
 def top_scores(

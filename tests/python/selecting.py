@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+import formula
+
 
 def seen_keys(i, sq, sk, causal=True, window=None):
     """The keys [begin, end) of query i."""
@@ -18,6 +20,15 @@ def seen_keys(i, sq, sk, causal=True, window=None):
         begin = begin if left is None else max(begin, p - left)
         end = end if right is None else min(end, p + right + 1)
     return begin, max(begin, end)
+
+
+def queries_of(cache, q):
+    """What a cache's format makes of queries: int8 caches round them, in float32, by token or by one scale."""
+    if not cache.format.startswith("int8") or q.size == 0:
+        return np.asarray(q, np.float64)
+    x = np.asarray(q, np.float32)
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127) if cache.q_scale is None else cache.q_scale[0]
+    return formula.quantize(x, scale).astype(np.float64) * np.float64(scale)
 
 
 def scores(q, k, scale=None, softcap=0.0):
@@ -228,3 +239,14 @@ def last_query_mass(q, k, n_queries, block, scale, softcap, causal, window):
             if distance >= 0:
                 slash[distance] += p[j - begin]
     return vertical, slash
+
+
+# --- indexer ---
+
+
+def index_scores(q, k, weights, scale=1.0):
+    """Of one query: q [Hi, Di], k [n, Di], weights [Hi]."""
+    total = np.zeros(len(k))
+    for row, w in zip(q, weights, strict=True):
+        total += float(w) * np.maximum(0.0, scale * (np.asarray(k, np.float64) @ np.asarray(row, np.float64)))
+    return total

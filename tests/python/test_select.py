@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import arrays
-import formula
 import heddle
 import selecting
 from arrays import normal, paged, to_torch
@@ -142,13 +141,7 @@ def test_topk_over_a_cache(c, format, page_size, seq_lens):
         scale = cache.k_scale.astype(np.float64)
         stored_k = stored_k * (scale if scale.size == 1 else np.repeat(scale, partition, axis=-1)[..., None])
         stored_v = stored_v * float(cache.v_scale[0])
-    meant_q = np.asarray(q, np.float64)
-    if format.startswith("int8"):
-        if cache.q_scale is not None and q.size:
-            scale = np.float64(cache.q_scale[0])
-        else:
-            scale = (np.abs(q).max(-1, keepdims=True, initial=0) / np.float32(127)).astype(np.float64)
-        meant_q = formula.quantize(meant_q, scale) * scale
+    meant_q = selecting.queries_of(cache, q)
     for b, n in enumerate(seq_lens):
         slots = [(table[b, t // page_size], t % page_size) for t in range(n)]
         rk = np.array([stored_k[p, :, s] for p, s in slots]).reshape(n, hkv, d)
@@ -428,13 +421,7 @@ def test_pages_over_a_cache(c, format, page_size, seq_lens):
     if c["sq"] == 1:
         found = found[:, None]
     stored = stored_as_meant(cache)
-    meant_q = np.asarray(q, np.float64)
-    if format.startswith("int8"):
-        if cache.q_scale is not None and q.size:
-            scale = np.float64(cache.q_scale[0])
-        else:
-            scale = (np.abs(q).max(-1, keepdims=True, initial=0) / np.float32(127)).astype(np.float64)
-        meant_q = formula.quantize(meant_q, scale) * scale
+    meant_q = selecting.queries_of(cache, q)
     for b, n in enumerate(lengths):
         rk = np.array([stored[table[b, t // page_size], :, t % page_size] for t in range(n)]).reshape(n, hkv, d)
         rv = norms[b, :n, :, None]  # a value of one number, as long

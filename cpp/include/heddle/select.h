@@ -153,6 +153,19 @@ struct PagesOptions {
 HEDDLE_API Selection pages(const AttentionParams& call, const PagesOptions& options);
 HEDDLE_API Selection pages(const DecodeParams& call, const PagesOptions& options);
 
+// The tokens with the largest index scores I(t, s) = sum_h w_th max(0, scale * q_th . k_s) of each query, exactly: the
+// indexer of DeepSeek's sparse attention (DSA). `call` has the index queries, [B, Sq, Hi, Di], and the index keys, one
+// a token, [B, Sk, 1, Di], bf16 or others, or INT8 and FP8 with scales; or a cache with one KV head. Its values are not
+// looked at, its scale is 1 unless given, and softcap and sinks have no place here. weights: [B, Sq, Hi] ([total_q,
+// Hi]), floats. Token lists with one head, for all KV heads: [B, 1, n] or [B, Sq, 1, n] ([total_q, 1, n]).
+struct IndexerOptions {
+  Budget budget{};
+  TensorView weights{};
+  std::int64_t n_sink = 0, n_recent = 0;
+};
+HEDDLE_API Selection indexer(const AttentionParams& call, const IndexerOptions& options);
+HEDDLE_API Selection indexer(const DecodeParams& call, const IndexerOptions& options);
+
 // The same of scores from elsewhere: float32 [B, Hkv, n], or [B, Sq, Hkv, n]; lengths int32, without the last axis:
 // how many count. Optional.
 struct ScoreOptions {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "heddle/tensor.h"
+#include "host/tile_kernels.h"
 
 namespace heddle::host {
 
@@ -31,7 +32,20 @@ struct ValueTerm {
 // Scratch of top_k for n scores: this many bytes, aligned to 64.
 constexpr std::size_t top_k_bytes(std::int64_t n) { return (static_cast<std::size_t>(n) + 64) * 8 + 8192 * 4; }
 
+// The heads of an indexer's query, packed (TileKernels::pack_queries) and padded with zeros to a multiple of
+// kIndexRows.
+inline constexpr int kIndexRows = 96;  // a multiple of every product's rows
+struct IndexQuery {
+  const void* queries = nullptr;           // [rows padded][words]
+  const std::int32_t* row_sums = nullptr;  // int8: [rows padded]
+  const float* weights = nullptr;          // [rows]
+  std::int64_t rows = 0, words = 0;
+};
+
 struct SelectKernels {
+  // out[0 .. kTileKeys) = sum over the rows of weight * max(0, q . k) for a packed tile of keys; a NaN stays. Threads
+  // call TileKernels::begin_thread before and end_thread after.
+  void (*index_tile)(const IndexQuery& query, Math math, const void* keys, float* out) = nullptr;
   // metric[key] = the maximum over the rows (and over what is there, unless `first`). False if a score is NaN.
   bool (*reduce)(const RawScores& block, bool first, float* metric) = nullptr;
   // out[row * stride + key] = score. False if one is NaN.

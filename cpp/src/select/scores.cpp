@@ -12,7 +12,8 @@ namespace {
 
 std::int64_t padded(std::int64_t dim) { return (dim + 63) / 64 * 64; }
 
-// The scale of a query row that the call quantizes.
+}  // namespace
+
 float query_scale(const Problem& p, const std::byte* row) {
   if (p.q_static_scale > 0.0f) return p.q_static_scale;
   const std::uint32_t bits = host::quantize_kernels().max_abs_bits(row, p.q.dtype, nullptr, p.q.dim);
@@ -20,8 +21,6 @@ float query_scale(const Problem& p, const std::byte* row) {
   std::memcpy(&largest, &bits, 4);
   return largest / 127.0f;
 }
-
-}  // namespace
 
 KeyScores::KeyScores(const Problem& problem)
     : p_(problem),

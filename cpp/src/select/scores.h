@@ -65,6 +65,8 @@ inline Place place_of(const Problem& p, const Request& r, std::int64_t key) {
 
 // One row as floats, as it is meant: scaled, mean added. `out` has the row's dim.
 void read_row(const Rows& rows, std::int64_t page, std::int64_t head, std::int64_t slot, float* out);
+// The scale of a query row that the call quantizes.
+float query_scale(const Problem& p, const std::byte* row);
 // A query row as the call uses it: int8 caches quantize it on the way.
 void read_query(const Problem& p, const Request& r, std::int64_t query, std::int64_t head, float* out);
 

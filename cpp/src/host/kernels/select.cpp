@@ -1,4 +1,5 @@
 // Metrics of tokens and the exact largest k of them, for one instruction set.
+#include "host/kernels/matmul.h"
 #include "host/kernels/simd.h"
 #include "host/select_kernels.h"
 #include "host/stream_kernels.h"
@@ -150,6 +151,84 @@ void squared_distances(const float* x, std::int64_t dim, const float* o, std::in
   }
 }
 
+// --- indexer ---
+
+// max(0, x) that keeps a NaN.
+HEDDLE_INLINE F relu(F x) { return max(F{}, x); }
+
+#if HEDDLE_ISA_LEVEL >= 4
+template <Math math>
+void index_tile_amx(const IndexQuery& q, const std::uint32_t* panel, float* out) {
+  alignas(64) float scores[kAmxRows * kTileKeys];
+  F sum[kTileKeys / kWidth] = {};
+  for (std::int64_t row = 0; row < q.rows; row += kAmxRows) {
+    const std::uint32_t* a = static_cast<const std::uint32_t*>(q.queries) + row * q.words;
+    amx_scores_32x32<math>(a, q.words, panel, scores, kTileKeys);
+    amx_scores_32x32<math>(a, q.words, panel + 32 * q.words, scores + 32, kTileKeys);
+    for (std::int64_t r = 0; r < kAmxRows && row + r < q.rows; ++r) {
+      const F w = set1(q.weights[row + r]);
+      HEDDLE_UNROLL
+      for (int n = 0; n < kTileKeys / kWidth; ++n) {
+        const float* at = scores + r * kTileKeys + n * kWidth;
+        sum[n] = fma(w, relu(math == Math::kInt8 ? to_float(load_int(at)) : load(at)), sum[n]);
+      }
+    }
+  }
+  for (int n = 0; n < kTileKeys / kWidth; ++n) store(out + n * kWidth, sum[n]);
+}
+#endif
+
+// A register block of heads at a time; their scores never leave the registers.
+template <Math math>
+void index_tile_vectors(const IndexQuery& q, const std::uint32_t* panel, float* out) {
+  using Acc = typename Product<math>::Acc;
+  for (int n0 = 0; n0 < kTileKeys; n0 += kBlockVectors * kWidth) {
+    F sum[kBlockVectors] = {};
+    for (std::int64_t row = 0; row < q.rows; row += kBlockRows) {
+      const std::uint32_t* a = static_cast<const std::uint32_t*>(q.queries) + row * q.words;
+      Acc acc[kBlockRows][kBlockVectors];
+      HEDDLE_UNROLL
+      for (int m = 0; m < kBlockRows; ++m) {
+        Acc init{};
+        if constexpr (math == Math::kInt8) init = init - 128 * q.row_sums[row + m];
+        HEDDLE_UNROLL
+        for (int n = 0; n < kBlockVectors; ++n) acc[m][n] = init;
+      }
+      multiply_block<math>(acc, a, q.words, panel + n0, kTileKeys, q.words);
+      const auto add = [&](int m) {
+        const F w = set1(q.weights[row + m]);
+        HEDDLE_UNROLL
+        for (int n = 0; n < kBlockVectors; ++n) sum[n] = fma(w, relu(__builtin_convertvector(acc[m][n], F)), sum[n]);
+      };
+      if (row + kBlockRows <= q.rows) {
+        HEDDLE_UNROLL
+        for (int m = 0; m < kBlockRows; ++m) add(m);
+      } else {  // padding times an infinite key would be NaN
+        HEDDLE_UNROLL
+        for (int m = 0; m < kBlockRows; ++m) {
+          if (row + m < q.rows) add(m);
+        }
+      }
+    }
+    HEDDLE_UNROLL
+    for (int n = 0; n < kBlockVectors; ++n) store(out + n0 + n * kWidth, sum[n]);
+  }
+}
+
+void index_tile(const IndexQuery& q, Math math, const void* keys, float* out) {
+  const auto* panel = static_cast<const std::uint32_t*>(keys);
+#if HEDDLE_ISA_LEVEL >= 4
+  if (math == Math::kBFloat16) return index_tile_amx<Math::kBFloat16>(q, panel, out);
+  if (math == Math::kInt8) return index_tile_amx<Math::kInt8>(q, panel, out);
+#elif HEDDLE_ISA_LEVEL == 3
+  if (math == Math::kBFloat16) return index_tile_vectors<Math::kBFloat16>(q, panel, out);
+  if (math == Math::kInt8) return index_tile_vectors<Math::kInt8>(q, panel, out);
+#else
+  (void)math;  // everything is float32 here
+#endif
+  index_tile_vectors<Math::kFloat32>(q, panel, out);
+}
+
 // --- the largest k ---
 
 // Ordered like the floats, as unsigned numbers; -0 like 0.
@@ -275,7 +354,11 @@ bool top_k(const float* x, std::int64_t n, std::int64_t k, std::int32_t base, st
 }  // namespace
 
 extern const SelectKernels kSelectKernels;
-const SelectKernels kSelectKernels{
-    .reduce = reduce, .finish = finish, .add_terms = add_terms, .squared_distances = squared_distances, .top_k = top_k};
+const SelectKernels kSelectKernels{.index_tile = index_tile,
+                                   .reduce = reduce,
+                                   .finish = finish,
+                                   .add_terms = add_terms,
+                                   .squared_distances = squared_distances,
+                                   .top_k = top_k};
 
 }  // namespace heddle::host::HEDDLE_ISA
