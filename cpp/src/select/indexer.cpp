@@ -47,9 +47,11 @@ class Queries {
         words_(host::query_words(p.q.dim, math)),
         heads_(p.num_q_heads),
         padded_((p.num_q_heads + host::kIndexRows - 1) / host::kIndexRows * host::kIndexRows) {
-    queries_.resize(static_cast<std::size_t>(kQueries * padded_ * words_));
-    row_sums_.resize(static_cast<std::size_t>(kQueries * padded_));
-    weights_.resize(static_cast<std::size_t>(kQueries * heads_));
+    std::int64_t most = 1;
+    for (const Request& r : p.requests) most = std::max(most, std::min(r.q_len, kQueries));
+    queries_.resize(static_cast<std::size_t>(most * padded_ * words_));
+    row_sums_.resize(static_cast<std::size_t>(most * padded_));
+    weights_.resize(static_cast<std::size_t>(most * heads_));
     sources_.resize(static_cast<std::size_t>(heads_));
     quantized_.resize(static_cast<std::size_t>(heads_ * p.q.dim));
   }
@@ -138,6 +140,7 @@ class Indexer {
   void run_item(const Item& item, const std::vector<float*>& at, std::size_t batch, Worker& w) const;
   // Keys of tile `tile` of the request; their scales too, if they have their own.
   void pack(const Request& r, std::int64_t tile, std::byte* keys, float* scale) const;
+  void fetch(const Request& r, std::int64_t tile) const;
   float weight(const Request& r, std::int64_t request, std::int64_t query, std::int64_t head) const {
     const TensorView& w = options_.weights;
     const std::int64_t at =
@@ -282,6 +285,22 @@ void Indexer::pack(const Request& r, std::int64_t tile, std::byte* keys, float* 
   tile_.pack_keys({rows, count, p_.k.dim, p_.k.dtype, nullptr}, math_, keys);
 }
 
+// The keys of a tile that is soon to be packed: into the second-level cache, while others are multiplied.
+void Indexer::fetch(const Request& r, std::int64_t tile) const {
+  const std::int64_t begin = tile * kTileKeys, end = std::min<std::int64_t>(begin + kTileKeys, r.kv_len);
+  const std::int64_t bytes = p_.k.dim * static_cast<std::int64_t>(size_of(p_.k.dtype));
+  for (std::int64_t key = begin; key < end;) {
+    const Place place = place_of(p_, r, key);
+    std::int64_t run = end - key;
+    if (p_.page_size > 0) run = std::min(run, p_.page_size - place.slot);
+    const std::byte* row = p_.k.row(place.page, 0, place.slot);
+    for (std::int64_t i = 0; i < run; ++i) {
+      for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + i * p_.k.slot_stride + b, 0, 2);
+    }
+    key += run;
+  }
+}
+
 void Indexer::run_item(const Item& item, const std::vector<float*>& at, std::size_t batch, Worker& w) const {
   const ListJob& head = jobs_[item.first];
   const Request& r = p_.requests[static_cast<std::size_t>(head.request)];
@@ -297,6 +316,7 @@ void Indexer::run_item(const Item& item, const std::vector<float*>& at, std::siz
       keys = packed_.data() + static_cast<std::size_t>(tile) * tile_bytes_;
       scale = packed_scale_.data() + key;
     } else {
+      if (key + kTileKeys < item.end) fetch(r, tile + 1);
       pack(r, tile, own, w.scale);
     }
     for (std::size_t n = item.first; n < item.last; ++n) {
