@@ -55,6 +55,9 @@ struct SelectKernels {
   // out[r] = |x - o[r]|^2 of float rows o[r * stride].
   void (*squared_distances)(const float* x, std::int64_t dim, const float* o, std::int64_t stride, std::int64_t rows,
                             float* out) = nullptr;
+  // sums[r * stride + i] += weights[r] * x[i]
+  void (*add_weighted)(const float* x, std::int64_t dim, const float* weights, std::int64_t stride, std::int64_t rows,
+                       float* sums) = nullptr;
   // out[0 .. k): `base` + the positions of the k largest of x[0 .. n), ascending; of equal ones the first. Exact; -0 is
   // 0. 0 < k <= n. False, and nothing written, if one is NaN.
   bool (*top_k)(const float* x, std::int64_t n, std::int64_t k, std::int32_t base, std::int32_t* out,

@@ -362,9 +362,6 @@ void check_options(const Problem& problem, const TensorView& q, const IndexerOpt
     check::fail(ErrorCode::kUnsupported, "q",
                 check::text("index heads of ", problem.q.dim, "; the indexer takes up to ", kMaxDim));
   }
-  if (problem.q.dtype == DType::kFloat64) {
-    check::fail(ErrorCode::kDType, "q", "dtype float64; allowed are float32, float16, bfloat16 and int8");
-  }
   if (problem.softcap != 0.0) check::fail(ErrorCode::kValue, "softcap", "given; allowed is 0: index scores have none");
   if (problem.sinks != nullptr) check::fail(ErrorCode::kValue, "sinks", "given; allowed is none: an indexer has none");
   const TensorView& w = options.weights;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "core/check.h"
 #include "host/select_kernels.h"
@@ -133,6 +134,13 @@ void check_call(const Problem& problem) {
   }
   if (!std::holds_alternative<std::monostate>(problem.selection->kind())) {
     check::fail(ErrorCode::kValue, "selection", "given; allowed is none in a call that a selection is made for");
+  }
+  for (const auto& [argument, rows] :
+       {std::pair("q", &problem.q), std::pair("k", &problem.k), std::pair("v", &problem.v)}) {
+    if (rows->dtype != DType::kFloat64) continue;
+    check::fail(
+        ErrorCode::kDType, argument,
+        "dtype float64; allowed for selection at run time are float32, float16, bfloat16 and quantized tensors");
   }
   if (problem.q.mean != nullptr) {
     check::fail(ErrorCode::kUnsupported, "q", "smoothed queries; selection at run time takes those without a mean");

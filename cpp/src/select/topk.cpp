@@ -11,7 +11,7 @@
 
 #include "core/check.h"
 #include "core/front.h"
-#include "core/kernels.h"
+#include "core/numeric.h"
 #include "host/workspace.h"
 #include "select/lists.h"
 #include "select/norms.h"
@@ -24,41 +24,37 @@ namespace {
 constexpr std::int64_t kChunk = 2048;                          // keys that are scored at a time
 constexpr std::int64_t kBatchFloats = std::int64_t{16} << 20;  // metrics that are kept at a time
 
-// The outputs that leave-one-out measures from: rows of float32.
-struct Outputs {
-  std::vector<float> memory;
-  Rows rows;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// One row of leave-one-out: the weights exp(s - top) of its tokens. p / (1 - p) of a token is its weight over that of
+// all the others, and v - o is (1 - p) times v - (o without the token): for the largest both are summed without it, or
+// they would be all rounding where it has nearly everything.
+struct Softmax {
+  double top = 0.0;
+  double rest = 0.0;  // the weight of all but the largest, the sink's included
+  double most = 0.0;  // of the largest
+  std::int64_t largest = -1;
+
+  double weight(float s) const { return std::exp(static_cast<double>(s) - top); }
 };
 
-// The full output of the call, in float32 whatever the call's dtype.
-Outputs full_output(const Problem& problem, const TensorView& q) {
-  Outputs o;
-  const std::int64_t heads = problem.num_q_heads, dim = problem.v.dim;
-  o.memory.resize(static_cast<std::size_t>(q.numel() / std::max<std::int64_t>(problem.q.dim, 1) * dim));
-  o.rows = {.data = reinterpret_cast<std::byte*>(o.memory.data()),
-            .dtype = DType::kFloat32,
-            .dim = dim,
-            .page_stride = q.rank == 4 ? q.shape[1] * heads * dim * 4 : 0,
-            .head_stride = dim * 4,
-            .slot_stride = heads * dim * 4};
-  Problem whole = problem;
-  whole.out = o.rows;
-  host::attention(whole);
-  return o;
+Softmax softmax_of(const float* s, std::int64_t n, const float* sink) {
+  Softmax x;
+  x.largest = std::max_element(s, s + n) - s;
+  x.top = std::max(static_cast<double>(s[x.largest]), sink == nullptr ? -kInfinity : *sink);
+  x.most = x.weight(s[x.largest]);
+  for (std::int64_t j = 0; j < n; ++j) {
+    if (j != x.largest) x.rest += x.weight(s[j]);
+  }
+  if (sink != nullptr) x.rest += x.weight(*sink);
+  return x;
 }
 
-Outputs given_output(const TensorView& x) {
-  Outputs o;
-  const auto size = static_cast<std::int64_t>(size_of(x.dtype));
-  const int slot = x.rank - 3;
-  o.rows = {.data = x.as<std::byte>(),
-            .dtype = x.dtype,
-            .dim = x.shape[x.rank - 1],
-            .page_stride = x.rank == 4 ? x.strides[0] * size : 0,
-            .head_stride = x.strides[slot + 1] * size,
-            .slot_stride = x.strides[slot] * size};
-  return o;
-}
+// What leave-one-out knows of a list before it looks at its tokens.
+struct Whole {
+  std::vector<Softmax> rows;         // [group]
+  std::vector<float> output, other;  // [group][Dv]: o, and o without the row's largest (not with a given o)
+};
 
 class Topk {
  public:
@@ -68,9 +64,6 @@ class Topk {
         kernels_(host::select_kernels()),
         lists_(q, problem.packed, problem.num_kv_heads) {
     if (options.metric == Metric::kOam) norms_ = std::make_unique<Norms>(problem, options.value_norms, cache);
-    if (options.metric == Metric::kLoo) {
-      outputs_ = options.output.given() ? given_output(options.output) : full_output(problem, q);
-    }
     make_jobs();
   }
 
@@ -83,7 +76,8 @@ class Topk {
   bool score(KeyScores& scores, const ListJob& job, std::int64_t begin, std::int64_t end, float* metric) const;
   // loo: scores of every head, then the metric in place of the first head's.
   bool score_heads(KeyScores& scores, const ListJob& job, std::int64_t begin, std::int64_t end, float* all) const;
-  bool leave_one_out(const ListJob& job, std::int64_t begin, std::int64_t end, const double* lse, float* all) const;
+  Whole whole(const ListJob& job, const float* all) const;
+  bool leave_one_out(const ListJob& job, std::int64_t begin, std::int64_t end, const Whole& whole, float* all) const;
   [[noreturn]] void fail(const ListJob& job) const;
 
   bool loo() const { return options_.metric == Metric::kLoo; }
@@ -99,7 +93,6 @@ class Topk {
   const host::SelectKernels& kernels_;
   TokenLists lists_;
   std::unique_ptr<Norms> norms_;
-  Outputs outputs_;
   std::vector<ListJob> jobs_;
 };
 
@@ -178,26 +171,16 @@ void Topk::run_batch(std::size_t first, std::size_t last, std::int64_t total) {
     if (!good) bad[item.job - first].store(true, std::memory_order_relaxed);
   });
   if (loo()) {
-    const auto group = static_cast<std::size_t>(p_.group());
-    std::vector<double> lse((last - first) * group);
+    std::vector<Whole> wholes(last - first);
     for_items(static_cast<std::int64_t>(last - first), work, stateless, [&](int, std::int64_t n) {
       const ListJob& job = jobs_[first + static_cast<std::size_t>(n)];
-      if (job.open() == job.contested()) return;
-      for (std::size_t r = 0; r < group; ++r) {
-        const float* s = at[static_cast<std::size_t>(n)] + static_cast<std::int64_t>(r) * (job.seen() + 16);
-        double top = -std::numeric_limits<double>::infinity(), sum = 0.0;
-        if (p_.sinks != nullptr) top = p_.sinks[job.kv_head * p_.group() + static_cast<std::int64_t>(r)];
-        const double sink = top;
-        for (std::int64_t j = 0; j < job.seen(); ++j) top = std::max(top, static_cast<double>(s[j]));
-        for (std::int64_t j = 0; j < job.seen(); ++j) sum += std::exp(static_cast<double>(s[j]) - top);
-        if (p_.sinks != nullptr) sum += std::exp(sink - top);
-        lse[static_cast<std::size_t>(n) * group + r] = top + std::log(sum);
-      }
+      if (job.open() < job.contested())
+        wholes[static_cast<std::size_t>(n)] = whole(job, at[static_cast<std::size_t>(n)]);
     });
     for_items(count, work, stateless, [&](int, std::int64_t i) {
       const Item& item = items[static_cast<std::size_t>(i)];
       const std::size_t n = item.job - first;
-      if (!leave_one_out(jobs_[item.job], item.begin, item.end, lse.data() + n * group, at[n])) {
+      if (!leave_one_out(jobs_[item.job], item.begin, item.end, wholes[n], at[n])) {
         bad[n].store(true, std::memory_order_relaxed);
       }
     });
@@ -235,26 +218,83 @@ bool Topk::score_heads(KeyScores& scores, const ListJob& job, std::int64_t begin
   return good;
 }
 
-bool Topk::leave_one_out(const ListJob& job, std::int64_t begin, std::int64_t end, const double* lse,
+Whole Topk::whole(const ListJob& job, const float* all) const {
+  const Request& r = p_.requests[static_cast<std::size_t>(job.request)];
+  const std::int64_t group = p_.group(), dim = p_.v.dim, stride = job.seen() + 16;
+  const auto rows = static_cast<std::size_t>(group), size = static_cast<std::size_t>(group * dim);
+  Whole w;
+  for (std::int64_t h = 0; h < group; ++h) {
+    const float* sink = p_.sinks == nullptr ? nullptr : p_.sinks + job.kv_head * group + h;
+    w.rows.push_back(softmax_of(all + h * stride, job.seen(), sink));
+  }
+  w.output.resize(size);
+  if (const TensorView& o = options_.output; o.given()) {
+    const std::int64_t slot = r.q_first + job.query, axis = o.rank - 3;
+    for (std::int64_t h = 0; h < group; ++h) {
+      const std::int64_t at = (o.rank == 4 ? r.q_page * o.strides[0] : 0) + slot * o.strides[axis] +
+                              (job.kv_head * group + h) * o.strides[axis + 1];
+      for (std::int64_t d = 0; d < dim; ++d) {
+        w.output[static_cast<std::size_t>(h * dim + d)] = load_as_float(o.data, o.dtype, at + d);
+      }
+    }
+    return w;
+  }
+  // Sums of 64 tokens in float32, of those in float64; the largest of each row left out.
+  std::vector<double> sums(size);
+  std::vector<float> part(size), value(static_cast<std::size_t>(dim)), weights(rows);
+  for (std::int64_t first = 0; first < job.seen(); first += 64) {
+    std::fill(part.begin(), part.end(), 0.0f);
+    for (std::int64_t j = first; j < std::min(first + 64, job.seen()); ++j) {
+      const Place at = place_of(p_, r, job.begin + j);
+      read_row(p_.v, at.page, job.kv_head, at.slot, value.data());
+      for (std::size_t h = 0; h < rows; ++h) {
+        const float score = all[static_cast<std::int64_t>(h) * stride + j];
+        weights[h] = j == w.rows[h].largest ? 0.0f : static_cast<float>(w.rows[h].weight(score));
+      }
+      kernels_.add_weighted(value.data(), dim, weights.data(), dim, group, part.data());
+    }
+    for (std::size_t i = 0; i < size; ++i) sums[i] += part[i];
+  }
+  w.other.resize(size);
+  for (std::size_t h = 0; h < rows; ++h) {
+    const Softmax& row = w.rows[h];
+    const Place at = place_of(p_, r, job.begin + row.largest);
+    read_row(p_.v, at.page, job.kv_head, at.slot, value.data());
+    for (std::size_t d = 0; d < value.size(); ++d) {
+      const std::size_t i = h * value.size() + d;
+      w.other[i] = row.rest > 0.0 ? static_cast<float>(sums[i] / row.rest) : 0.0f;
+      w.output[i] = static_cast<float>((sums[i] + row.most * value[d]) / (row.rest + row.most));
+    }
+  }
+  return w;
+}
+
+bool Topk::leave_one_out(const ListJob& job, std::int64_t begin, std::int64_t end, const Whole& whole,
                          float* all) const {
   const Request& r = p_.requests[static_cast<std::size_t>(job.request)];
   const std::int64_t group = p_.group(), dim = p_.v.dim, stride = job.seen() + 16;
-  std::vector<float> o(static_cast<std::size_t>(group * dim)), value(static_cast<std::size_t>(dim)),
-      squares(static_cast<std::size_t>(group));
-  for (std::int64_t h = 0; h < group; ++h) {
-    read_row(outputs_.rows, r.q_page, job.kv_head * group + h, r.q_first + job.query, o.data() + h * dim);
-  }
+  std::vector<float> value(static_cast<std::size_t>(dim)), squares(static_cast<std::size_t>(group));
   bool good = true;
   for (std::int64_t key = begin; key < end; ++key) {
     const Place at = place_of(p_, r, key);
     read_row(p_.v, at.page, job.kv_head, at.slot, value.data());
-    kernels_.squared_distances(value.data(), dim, o.data(), dim, group, squares.data());
+    kernels_.squared_distances(value.data(), dim, whole.output.data(), dim, group, squares.data());
     double best = 0.0;
     for (std::int64_t h = 0; h < group; ++h) {
-      const double d = std::min(0.0, static_cast<double>(all[h * stride + key - job.begin]) - lse[h]);
-      const double distance = std::sqrt(static_cast<double>(squares[static_cast<std::size_t>(h)]));
-      // p = 1: without this token there is no output.
-      const double moved = d == 0.0 ? std::numeric_limits<double>::infinity() : std::exp(d) / -std::expm1(d) * distance;
+      const Softmax& row = whole.rows[static_cast<std::size_t>(h)];
+      const double weight = row.weight(all[h * stride + key - job.begin]);
+      float square = squares[static_cast<std::size_t>(h)];
+      double factor = weight / (row.rest + (row.most - weight));  // p / (1 - p)
+      if (key - job.begin == row.largest) {
+        factor = row.most / row.rest;
+        if (!whole.other.empty() && row.rest > 0.0) {
+          factor = row.most / (row.rest + row.most);  // p, of v - (o without it)
+          kernels_.squared_distances(value.data(), dim, whole.other.data() + h * dim, dim, 1, &square);
+        }
+      }
+      const double distance = std::sqrt(static_cast<double>(square));
+      // All there is: without it there is no output.
+      const double moved = std::isinf(factor) ? factor : factor * distance;
       good &= distance == distance && moved == moved;
       best = std::max(best, moved);
     }

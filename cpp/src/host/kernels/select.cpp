@@ -151,6 +151,15 @@ void squared_distances(const float* x, std::int64_t dim, const float* o, std::in
   }
 }
 
+void add_weighted(const float* x, std::int64_t dim, const float* weights, std::int64_t stride, std::int64_t rows,
+                  float* sums) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    float* to = sums + r * stride;
+    const float w = weights[r];
+    for (std::int64_t i = 0; i < dim; ++i) to[i] += w * x[i];
+  }
+}
+
 // --- indexer ---
 
 // max(0, x) that keeps a NaN.
@@ -359,6 +368,7 @@ const SelectKernels kSelectKernels{.index_tile = index_tile,
                                    .finish = finish,
                                    .add_terms = add_terms,
                                    .squared_distances = squared_distances,
+                                   .add_weighted = add_weighted,
                                    .top_k = top_k};
 
 }  // namespace heddle::host::HEDDLE_ISA
