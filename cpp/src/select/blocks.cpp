@@ -146,14 +146,13 @@ void multiply_rows(const float* queries, std::int64_t stride, std::int64_t rows,
     const int count = static_cast<int>(std::min<std::int64_t>(host::kStreamKeys, last - key));
     for (int i = 0; i < count; ++i) at[i] = reinterpret_cast<const std::byte*>(keys + (key + i) * dim);
     std::fill_n(at + count, 4, at[count - 1]);
-    const host::StreamStep step{
-        .keys = at, .count = count, .readable = count, .key_dtype = DType::kFloat32, .dim = dim};
+    const KeyRows rows_of_keys{.rows = at, .count = count, .readable = count, .dtype = DType::kFloat32, .dim = dim};
     for (std::int64_t row = 0; row < rows; row += host::kStreamRows) {
-      host::StreamTile tile;
-      tile.rows = std::min<std::int64_t>(host::kStreamRows, rows - row);
-      tile.queries = queries + row * stride;
-      host::stream_kernels().scores(tile, step, scores);
-      for (std::int64_t r = 0; r < tile.rows; ++r) {
+      const QueryRows part{.queries = queries + row * stride,
+                           .rows = std::min<std::int64_t>(host::kStreamRows, rows - row),
+                           .stride = stride};
+      raw_scores(part, rows_of_keys, scores);
+      for (std::int64_t r = 0; r < part.rows; ++r) {
         for (int i = 0; i < count; ++i) {
           out[(row + r) * out_stride + key - first + i] = scores[r * host::kStreamKeys + i] * factor;
         }

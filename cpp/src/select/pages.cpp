@@ -222,7 +222,6 @@ bool Pages::score(const Job& job, Scratch& s) const {
     }
   }
   const auto& kernels = host::select_kernels();
-  const auto& stream = host::stream_kernels();
   s.metric.resize(static_cast<std::size_t>(job.contested()) + 16);
   const std::byte* const* rows = bounds_.rows(job.request, job.kv_head);
   const std::byte* four[host::kStreamKeys + 4];
@@ -231,15 +230,14 @@ bool Pages::score(const Job& job, Scratch& s) const {
     const int count = static_cast<int>(std::min<std::int64_t>(host::kStreamKeys, job.recent - page));
     std::copy_n(rows + page, count, four);
     std::fill_n(four + count, 4, four[count - 1]);
-    const host::StreamStep step{
-        .keys = four, .count = count, .readable = count, .key_dtype = bounds_.dtype(), .dim = 2 * dim};
+    const KeyRows keys{.rows = four, .count = count, .readable = count, .dtype = bounds_.dtype(), .dim = 2 * dim};
     for (std::int64_t row = 0; row < group; row += host::kStreamRows) {
-      host::StreamTile tile;
-      tile.rows = std::min<std::int64_t>(group - row, host::kStreamRows);
-      tile.queries = s.queries.data() + row * stride_;
-      stream.scores(tile, step, s.scores.data());
+      const QueryRows queries{.queries = s.queries.data() + row * stride_,
+                              .rows = std::min<std::int64_t>(group - row, host::kStreamRows),
+                              .stride = stride_};
+      raw_scores(queries, keys, s.scores.data());
       const host::RawScores block{.scores = s.scores.data(),
-                                  .rows = tile.rows,
+                                  .rows = queries.rows,
                                   .count = count,
                                   .factor = s.factors.data() + row,
                                   .bias = s.biases.data() + row,

@@ -24,7 +24,6 @@ float query_scale(const Problem& p, const std::byte* row) {
 
 KeyScores::KeyScores(const Problem& problem)
     : p_(problem),
-      stream_(host::stream_kernels()),
       group_(problem.group()),
       stride_(padded(problem.q.dim)),
       int8_((problem.quantize_q || problem.q.dtype == DType::kInt8) && problem.k.dtype == DType::kInt8 &&
@@ -95,28 +94,39 @@ void KeyScores::locate(std::int64_t first, int keys) {
 }
 
 host::RawScores KeyScores::multiply(std::int64_t row, int at, int keys) {
-  host::StreamTile tile;
-  tile.rows = std::min<std::int64_t>(group_ - row, host::kStreamRows);
-  if (int8_) {
-    tile.int8_queries = reinterpret_cast<const std::int8_t*>(queries_.data()) + row * stride_;
-  } else {
-    tile.queries = reinterpret_cast<const float*>(queries_.data()) + row * stride_;
-  }
-  tile.row_sums = row_sums_.data() + row;
-  host::StreamStep step;
-  step.keys = rows_.data() + at;
-  step.readable = keys - at;
-  step.count = std::min(step.readable, host::kStreamKeys);
-  step.key_dtype = p_.k.dtype;
-  step.dim = p_.k.dim;
-  stream_.scores(tile, step, scores_.data());
+  const std::int64_t bytes = int8_ ? 1 : 4;
+  const QueryRows queries{.queries = queries_.data() + row * stride_ * bytes,
+                          .rows = std::min<std::int64_t>(group_ - row, host::kStreamRows),
+                          .stride = stride_,
+                          .int8 = int8_,
+                          .row_sums = row_sums_.data() + row};
+  const KeyRows rows{.rows = rows_.data() + at,
+                     .count = std::min(keys - at, host::kStreamKeys),
+                     .readable = keys - at,
+                     .dtype = p_.k.dtype,
+                     .dim = p_.k.dim};
+  raw_scores(queries, rows, scores_.data());
   return {.scores = scores_.data(),
-          .rows = tile.rows,
-          .count = step.count,
+          .rows = queries.rows,
+          .count = rows.count,
           .factor = factors_.data() + row,
           .bias = biases_.data() + row,
           .key_scale = p_.k.partition > 0 ? key_scale_.data() + at : nullptr,
           .softcap = static_cast<float>(p_.softcap)};
+}
+
+void raw_scores(const QueryRows& queries, const KeyRows& keys, float* out) {
+  host::StreamTile tile;
+  tile.rows = queries.rows;
+  if (queries.int8) {
+    tile.int8_queries = static_cast<const std::int8_t*>(queries.queries);
+  } else {
+    tile.queries = static_cast<const float*>(queries.queries);
+  }
+  tile.row_sums = queries.row_sums;
+  const host::StreamStep step{
+      .keys = keys.rows, .count = keys.count, .readable = keys.readable, .key_dtype = keys.dtype, .dim = keys.dim};
+  host::stream_kernels().scores(tile, step, out);
 }
 
 void read_row(const Rows& rows, std::int64_t page, std::int64_t head, std::int64_t slot, float* out) {

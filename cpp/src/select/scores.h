@@ -11,6 +11,26 @@
 
 namespace heddle::select {
 
+// Query rows (floats, or int8 with the sum of each row), `stride` elements apart and in number padded to a multiple of
+// 4, 1 and 2 aside.
+struct QueryRows {
+  const void* queries = nullptr;
+  std::int64_t rows = 0, stride = 0;  // rows: at most kStreamRows; stride: the dimension, padded to 64
+  bool int8 = false;
+  const std::int32_t* row_sums = nullptr;
+};
+
+// Rows of keys, at most kStreamKeys; 4 more pointers repeat the last one, or name keys that come next.
+struct KeyRows {
+  const std::byte* const* rows = nullptr;
+  int count = 0, readable = 0;  // readable: of the pointers, to fetch ahead
+  DType dtype = DType::kFloat32;
+  std::int64_t dim = 0;
+};
+
+// out[row * kStreamKeys + key] = q . k as stored, without any factor. kStreamRows x kStreamKeys.
+void raw_scores(const QueryRows& queries, const KeyRows& keys, float* out);
+
 // Rows of one query for one KV head: its group's heads, by kStreamRows. Each thread has its own.
 class KeyScores {
  public:
@@ -41,7 +61,6 @@ class KeyScores {
   host::RawScores multiply(std::int64_t row, int at, int keys);
 
   const Problem& p_;
-  const host::StreamKernels& stream_;
   const std::int64_t group_, stride_;
   const bool int8_;
   float factor_ = 1.0f;
