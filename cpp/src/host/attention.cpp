@@ -415,12 +415,10 @@ void Attention::gather(const Unit& unit, std::int64_t begin, std::int64_t end, s
     // A run of keys whose rows are evenly spaced.
     const Place place = this->place(unit, begin);
     std::int64_t run = end - begin;
-    if (p_.page_size > 0) run = std::min(run, p_.page_size - place.slot);
     if (unit.listed) {
-      const std::int32_t* list = unit.list.data() + begin;
-      std::int64_t next = 1;
-      while (next < run && list[next] == list[0] + next) ++next;
-      run = next;
+      run = 1;
+    } else if (p_.page_size > 0) {
+      run = std::min(run, p_.page_size - place.slot);
     }
     const std::byte* key = p_.k.row(place.page, unit.kv_head, place.slot);
     const std::byte* value = p_.v.row(place.page, unit.kv_head, place.slot);
