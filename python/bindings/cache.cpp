@@ -20,7 +20,8 @@ namespace {
 
 std::unique_ptr<SharedCache> make_cache(py::object num_pages, py::object page_size, py::object num_kv_heads,
                                         py::object head_dim, py::object head_dim_v, py::object format,
-                                        py::object device, py::object partition, py::object feature_major) {
+                                        py::object device, py::object partition, py::object feature_major,
+                                        py::object page_bounds) {
   CacheConfig config;
   config.num_pages = to_int(num_pages, "num_pages");
   config.page_size = to_int(page_size, "page_size");
@@ -34,6 +35,7 @@ std::unique_ptr<SharedCache> make_cache(py::object num_pages, py::object page_si
   config.device = to_device(device);
   config.partition = to_int(partition, "partition");
   config.feature_major = to_bool(feature_major, "feature_major");
+  config.page_bounds = to_bool(page_bounds, "page_bounds");
   return std::make_unique<SharedCache>(config);
 }
 
@@ -165,7 +167,7 @@ void bind_cache(py::module_& m) {
   py::class_<SharedCache>(m, "KVCache", R"(A paged cache of keys and values.
 
     KVCache(num_pages, page_size, num_kv_heads, head_dim, *, head_dim_v=None, format="bf16", device="cpu", partition=1,
-            feature_major=False)
+            feature_major=False, page_bounds=False)
 
 Pages of page_size tokens; token t of request b lies in page block_table[b, t // page_size], slot t % page_size. Requests
 may share pages. format is one of
@@ -176,12 +178,13 @@ may share pages. format is one of
     int8-b             K and V int8 per tensor, q int8 per token
     fp8                K and V FP8 E4M3 per tensor, q as given
 
-head_dim_v is the size of a value, head_dim unless given. `partition` must divide page_size. feature_major keeps
-the keys by feature too, which Bernoulli scores need (heddle.Sampling), and takes K's memory a second time. Calls from several threads
-are safe: appends run alone, decodes side by side.)")
+head_dim_v is the size of a value, head_dim unless given. `partition` must divide page_size. feature_major keeps the keys
+by feature too, which Bernoulli scores need (heddle.Sampling), and takes K's memory a second time. page_bounds keeps what
+heddle.select.pages ranks pages by. Calls from several threads are safe: appends run alone, decodes side by side.)")
       .def(py::init(&make_cache), py::arg("num_pages"), py::arg("page_size"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::kw_only(), py::arg("head_dim_v") = py::none(), py::arg("format") = "bf16",
-           py::arg("device") = "cpu", py::arg("partition") = 1, py::arg("feature_major") = false)
+           py::arg("device") = "cpu", py::arg("partition") = 1, py::arg("feature_major") = false,
+           py::arg("page_bounds") = false)
       .def("append", &append, py::arg("k"), py::arg("v"), py::arg("block_table"), py::arg("start"), py::kw_only(),
            py::arg("cu_seqlens") = py::none(), R"(append(k, v, block_table, start, *, cu_seqlens=None) -> seq_lens
 
@@ -217,6 +220,18 @@ Values beyond a scale saturate and are counted. HeddleValueError once the cache 
       .def_property_readonly("value_norms", &storage<&KVCache::value_norms>,
                              "The 2-norm of every value before quantization, float32 [num_pages, Hkv, page_size]. "
                              "Shares the cache's memory.")
+      .def_property_readonly(
+          "page_bounds", &storage<&KVCache::page_bounds>,
+          "The element-wise maximum and minimum of each page's keys, [num_pages, Hkv, 2, D] in the dtype "
+          "of k (int8-a: float32, scales applied), or None. Shares the cache's memory.")
+      .def_property_readonly(
+          "page_norms", &storage<&KVCache::page_norms>,
+          "The largest value norm of each page, float32 [num_pages, Hkv], or None. Shares the cache's "
+          "memory.")
+      .def_property_readonly(
+          "page_tokens", &storage<&KVCache::page_tokens>,
+          "How many of a page's first tokens its bounds stand for, int32 [num_pages], or None. Shares "
+          "the cache's memory.")
       .def_property_readonly("saturated", &current<&KVCache::saturated>, "How many values a static scale has clamped.")
       .def_property_readonly("kv_calibrated", &current<&KVCache::kv_calibrated>, "Whether K and V have their scales.")
       .def_property_readonly("q_calibrated", &current<&KVCache::q_calibrated>, "Whether q has its static scale.")

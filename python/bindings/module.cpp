@@ -41,6 +41,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("__version__") = HEDDLE_VERSION_STRING;
   bind_backend(m);
   bind_select(m);
+  bind_selectors(m);
   bind_quantize(m);
   bind_attention(m);
   bind_sampling(m);

@@ -151,6 +151,28 @@ def token_lists(backend):
         attend(backend, selection=select.tokens(indices))
 
 
+def chosen_tokens(backend):
+    q, k, v = arrays()
+    index = (q[:, :, :3], k[:, :, 0], np.ones((2, 6, 3), np.float32))
+    for selection in (
+        *(select.topk(q, k, v, 3, metric) for metric in ("qk", "oam", "loo")),
+        select.pages(q, k, v, 4, page_size=2),
+        select.indexer(*index, 3),
+    ):
+        attend(backend, causal=True, selection=selection)
+
+
+def chosen_blocks(backend):
+    q, k, v = arrays()
+    for selection in (
+        select.stem(q, k, v, 2, block=2, stride=2, n_first=1, n_last=1),
+        select.block_topk(q, k, budget=2, block=2),
+        select.xattention(q, k, block=2, stride=2),
+        select.vertical_slash(q, k, vertical=1, slash=1, block=2),
+    ):
+        attend(backend, causal=True, selection=selection)
+
+
 def strided_views(backend):
     q, k, v = (np.ascontiguousarray(x.transpose(2, 0, 1, 3)).transpose(1, 2, 0, 3)[:, ::-1] for x in arrays())
     attend(backend, q, k, v)
@@ -231,6 +253,8 @@ ROWS: dict[str, Callable[[str], None]] = {
     "strided": lambda backend: attend(backend, selection=select.strided(2, 3)),
     "block mask: any block, per batch, KV head or query head": block_masks,
     "token list, per request or per query": token_lists,
+    "chosen at run time, tokens: by QK, OAM, leave-one-out, page bounds, DSA indexer": chosen_tokens,
+    "chosen at run time, blocks: by Stem, block top-k, XAttention, vertical-slash": chosen_blocks,
     "contiguous, any strides": strided_views,
     "packed (ragged) batch": packed,
     "float32, float16, bfloat16": floats,

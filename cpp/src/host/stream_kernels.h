@@ -42,7 +42,7 @@ struct StreamStep {
 };
 
 struct StreamKernels {
-  // Products of the queries with the keys of one step: scores[row * kStreamKeys + key], whatever the other keys are.
+  // scores[row * kStreamKeys + key] = q . k, as stored: no factor, scale or mask. Whole numbers for int8 queries.
   void (*scores)(const StreamTile& tile, const StreamStep& step, float* scores) = nullptr;
   // scores: kStreamRows x kStreamKeys floats of scratch
   void (*step)(const StreamTile& tile, const StreamStep& step, float* scores) = nullptr;

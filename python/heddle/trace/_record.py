@@ -19,35 +19,6 @@ _NAME = "heddle-trace"
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 
 
-def top_tokens(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    budget: int,
-    *,
-    metric: str = "qk",
-    n_sink: int = 0,
-    n_recent: int = 0,
-    scale: float | None = None,
-    beta: float = 0.2,
-) -> torch.Tensor:
-    """The `budget` tokens with the largest metric of each KV head, for one query: int32 [Hkv, n], ascending.
-
-    q [Hq, D], k [Hkv, n, D], v [Hkv, n, Dv]. The metric is the maximum over the group's query heads of the score
-    ("qk"), for "oam" plus beta * max(0, log |v|). The first n_sink and last n_recent tokens are kept; ties go to the
-    lower index.
-    """
-    heads, tokens, dim = k.shape
-    scores = torch.einsum("hgd,hnd->hgn", q.view(heads, -1, dim), k) * (dim**-0.5 if scale is None else scale)
-    value = scores.amax(1)
-    if metric == "oam":
-        value = value + beta * torch.linalg.vector_norm(v, dim=-1).log().clamp(min=0)
-    value[:, :n_sink] = torch.inf
-    value[:, tokens - min(n_recent, tokens) :] = torch.inf
-    chosen = value.sort(dim=-1, descending=True, stable=True).indices[:, :budget]
-    return chosen.sort(dim=-1).values.to(torch.int32)
-
-
 class _Selecting:
     """The model's attention: dense until decoding begins, then over the selected tokens, which are recorded."""
 
@@ -67,9 +38,10 @@ class _Selecting:
     ) -> Any:
         if self.step is None or module.layer_idx < self.dense_layers:
             return self.attention(module, query, key, value, *rest, **kwargs)
-        indices = top_tokens(query[0, :, 0], key[0], value[0], scale=kwargs.get("scaling"), **self.options)
-        self.recorder.record(self.step, module.layer_idx, indices.numpy(), key.shape[2])
-        with heddle.hf.options(selection=heddle.select.tokens(indices[None])):
+        q, k, v = (states.transpose(1, 2) for states in (query, key, value))
+        selection = heddle.select.topk(q, k, v, scale=kwargs.get("scaling"), **self.options)
+        self.recorder.record(self.step, module.layer_idx, selection.indices[0], key.shape[2])
+        with heddle.hf.options(selection=selection):
             return self.attention(module, query, key, value, *rest, **kwargs)
 
 
