@@ -500,6 +500,11 @@ void Attention::copy_scales(const Rows& rows, std::int64_t head, std::span<const
                             std::int64_t count, float* out) const {
   for (const KeyRun& run : runs) {
     const std::int64_t begin = std::max(run.first, first), end = std::min(run.first + run.count, first + count);
+    if (begin < end && rows.partition == 1 && rows.scale_group_stride == 1) {
+      const float* scales = rows.scale + run.page * rows.scale_page_stride + head * rows.scale_head_stride;
+      std::copy_n(scales + run.slot + begin - run.first, end - begin, out + begin - first);
+      continue;
+    }
     for (std::int64_t i = begin; i < end; ++i) out[i - first] = rows.scale_of(run.page, head, run.slot + i - run.first);
   }
 }

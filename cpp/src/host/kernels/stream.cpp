@@ -68,26 +68,38 @@ HEDDLE_INLINE F load_some(const std::byte* p, std::int64_t n) {
 // The rows that will be read so many bytes after the ones in work. Their lines are fetched one by one between the
 // arithmetic, in the order of their use: a processor can wait for few lines at once, and a burst of them holds up the
 // loads behind it. By itself it only follows rows that it has begun.
+HEDDLE_INLINE void fetch_line(const std::byte* p) { __builtin_prefetch(p, 0, XL); }
+
 class Ahead {
  public:
   static constexpr std::int64_t kBytes = XD;
 
   Ahead(const StreamStep& step, int num_heads) : step_(step), num_heads_(num_heads) {
     begin_phase(kKeys);
-    const std::byte* skipped[kStreamKeys];  // the step before has fetched them
     const std::int64_t row_bytes = step.dim * static_cast<std::int64_t>(size_of(step.key_dtype));
-    take(static_cast<int>(kBytes / row_bytes < kStreamKeys ? kBytes / row_bytes : kStreamKeys), skipped);
+    skip(static_cast<int>(kBytes / row_bytes) / 4 * 4);  // the step before has fetched them
   }
 
-  // The next n rows, in the order in which they will be read.
-  HEDDLE_INLINE void take(int n, const std::byte** out) {
-    for (int i = 0; i < n;) {
-      const int m = n - i < last_ - key_ ? n - i : last_ - key_;
-      for (int k = 0; k < m; ++k) out[i + k] = rows_[key_ + k] + offset_;
-      i += m;
-      key_ += m;
-      if (key_ == last_) next_run();
+  // Lines to fetch one by one: p, p + inc, ...
+  struct Lines {
+    const std::byte* p;
+    std::int64_t inc;
+    template <int N>
+    HEDDLE_INLINE void fetch() {
+      HEDDLE_UNROLL
+      for (int i = 0; i < N; ++i) fetch_line(p + i * inc);
+      p += N * inc;
     }
+  };
+
+  // The next n rows. Where they do not follow one another, all of them are fetched now.
+  HEDDLE_INLINE Lines take(int n, std::int64_t row_bytes) {
+    const std::byte* first = rows_[key_] + offset_;
+    if (n < last_ - key_ && rows_[key_ + n - 1] + offset_ == first + (n - 1) * row_bytes) {
+      key_ += n;
+      return {first, 64};
+    }
+    return take_pieces(n, row_bytes);
   }
 
  private:
@@ -105,7 +117,27 @@ class Ahead {
     key_ = phase_ == kNextKeys ? 0 : step_.segments[segment_].first;
     last_ = key_ + (phase_ == kNextKeys ? step_.next : step_.segments[segment_].count);
   }
-  __attribute__((noinline)) void next_run() {
+  void skip(int n) {
+    for (int m; n > 0; n -= m) {
+      m = n < last_ - key_ ? n : last_ - key_;
+      key_ += m;
+      if (key_ == last_) next_run();
+    }
+  }
+  __attribute__((noinline)) Lines take_pieces(int n, std::int64_t row_bytes) {
+    const std::byte* first = rows_[key_] + offset_;
+    const bool one = n == last_ - key_ && rows_[key_ + n - 1] + offset_ == first + (n - 1) * row_bytes;
+    for (; n > 0 && !one; --n) {
+      for (std::int64_t b = 0; b < row_bytes; b += 64) fetch_line(rows_[key_] + offset_ + b);
+      if (++key_ == last_) next_run();
+    }
+    if (one) {
+      key_ += n;
+      next_run();
+    }
+    return {first, one ? 64 : 0};
+  }
+  void next_run() {
     if (phase_ != kNothing) {
       if (++head_ < num_heads_) return begin_run();
       head_ = 0;
@@ -125,8 +157,6 @@ class Ahead {
   int segment_ = 0, head_ = 0, key_ = 0, last_ = 0;
 };
 
-HEDDLE_INLINE void fetch(const std::byte* p) { __builtin_prefetch(p, 0, XL); }
-
 // One segment of one head.
 struct Run {
   const std::byte* const* rows;    // of the first head
@@ -135,10 +165,9 @@ struct Run {
   Ahead* ahead;                    // null where other rows have read the same keys before
 
   HEDDLE_INLINE const std::byte* row(int key) const { return rows[key] + offset; }
-  // Rows to fetch while n rows from `key` on are in work.
-  HEDDLE_INLINE void rows_ahead(int key, int n, const std::byte** out) const {
-    if (ahead != nullptr) return ahead->take(n, out);
-    for (int k = 0; k < n; ++k) out[k] = row(key);
+  // Lines to fetch while n rows from `key` on are in work.
+  HEDDLE_INLINE Ahead::Lines lines_ahead(int key, int n) const {
+    return ahead == nullptr ? Ahead::Lines{row(key), 0} : ahead->take(n, row_bytes);
   }
 };
 
@@ -199,14 +228,11 @@ void float_scores(const Run& run, std::int64_t dim, const float* queries, std::i
   for (int j = run.first; j < run.last; j += kScoreKeys) {
     const std::byte* rows[kScoreKeys];
     for (int k = 0; k < kScoreKeys; ++k) rows[k] = run.row(j + k);
-    const std::byte* ahead[kScoreKeys];
-    run.rows_ahead(j, kScoreKeys, ahead);
+    Ahead::Lines ahead = run.lines_ahead(j, kScoreKeys);
     F acc[R][kScoreKeys] = {};
     for (std::int64_t i = 0; i < whole; i += kWidth) {
-      if (kWidth * kBytes == 64 || i * kBytes % 64 == 0) {
-        HEDDLE_UNROLL
-        for (int k = 0; k < kScoreKeys; ++k) fetch(ahead[k] + i * kBytes);
-      }
+      constexpr int kEach = kScoreKeys * kWidth * kBytes / 64;
+      ahead.fetch<kEach < 1 ? 1 : kEach>();
       F x[kScoreKeys];
       HEDDLE_UNROLL
       for (int k = 0; k < kScoreKeys; ++k) x[k] = load_elements<dtype>(rows[k] + i * kBytes);
@@ -220,7 +246,7 @@ void float_scores(const Run& run, std::int64_t dim, const float* queries, std::i
     if (whole < dim) {
       HEDDLE_UNROLL
       for (int k = 0; k < kScoreKeys; ++k) {
-        fetch(ahead[k] + whole * kBytes);
+        ahead.fetch<1>();
         const F x = load_some<dtype>(rows[k] + whole * kBytes, dim - whole);
         HEDDLE_UNROLL
         for (int r = 0; r < R; ++r) acc[r][k] = fma(load(queries + r * query_stride + whole), x, acc[r][k]);
@@ -238,12 +264,10 @@ void bf16_scores(const Run& run, std::int64_t dim, const std::uint16_t* queries,
   for (int j = run.first; j < run.last; j += kScoreKeys) {
     const std::byte* rows[kScoreKeys];
     for (int k = 0; k < kScoreKeys; ++k) rows[k] = run.row(j + k);
-    const std::byte* ahead[kScoreKeys];
-    run.rows_ahead(j, kScoreKeys, ahead);
+    Ahead::Lines ahead = run.lines_ahead(j, kScoreKeys);
     F acc[R][kScoreKeys] = {};
     for (std::int64_t i = 0; i < dim; i += 32) {
-      HEDDLE_UNROLL
-      for (int k = 0; k < kScoreKeys; ++k) fetch(ahead[k] + i * 2);
+      ahead.fetch<kScoreKeys>();
       const std::int64_t left = dim - i;
       const __mmask32 mask = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
       __m512i x[kScoreKeys];
@@ -273,8 +297,7 @@ void int8_scores(const Run& run, std::int64_t dim, const std::int8_t* queries, s
   for (int j = run.first; j < run.last; j += kScoreKeys) {
     const std::byte* rows[kScoreKeys];
     for (int k = 0; k < kScoreKeys; ++k) rows[k] = run.row(j + k);
-    const std::byte* ahead[kScoreKeys];
-    run.rows_ahead(j, kScoreKeys, ahead);
+    Ahead::Lines ahead = run.lines_ahead(j, kScoreKeys);
     I acc[R][kScoreKeys];
     HEDDLE_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -282,8 +305,7 @@ void int8_scores(const Run& run, std::int64_t dim, const std::int8_t* queries, s
       for (int k = 0; k < kScoreKeys; ++k) acc[r][k] = start[r];
     }
     for (std::int64_t i = 0; i < dim; i += 64) {
-      HEDDLE_UNROLL
-      for (int k = 0; k < kScoreKeys; ++k) fetch(ahead[k] + i);
+      ahead.fetch<kScoreKeys>();
       const std::int64_t left = dim - i;
       const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
       __m512i x[kScoreKeys];
@@ -312,11 +334,11 @@ HEDDLE_INLINE int block_keys(std::int64_t row_bytes) {
 }
 
 // o[r][c] = alpha[r] o[r][c] + sum_j p[r][j] v[j][c] over the keys [first, last) and columns from c on, N vectors.
-// Of `ahead`, the rows to fetch on the way, this takes every P-th line, the others being left to other rows.
+// One of P parts of the lines ahead is fetched on the way.
 template <DType dtype, int R, int N, int P>
 HEDDLE_INLINE void add_float_block(const Run& run, int first, int last, std::int64_t c, std::int64_t dim,
                                    const float* p, const float* alpha, float* o, std::int64_t columns,
-                                   const std::byte* const* ahead) {
+                                   Ahead::Lines& ahead) {
   constexpr int kBytes = element_bytes<dtype>();
   const std::int64_t left = dim - c;
   F acc[R][N];
@@ -330,8 +352,8 @@ HEDDLE_INLINE void add_float_block(const Run& run, int first, int last, std::int
   }
   if (left >= N * kWidth) {
     for (int j = first; j < last; ++j) {
-      HEDDLE_UNROLL
-      for (int b = 0; b < N * kWidth * kBytes; b += 64 * P) fetch(ahead[j - first] + b);
+      constexpr int kEach = N * kWidth * kBytes / 64 / P;
+      ahead.fetch<kEach < 1 ? 1 : kEach>();
       const std::byte* row = run.row(j) + c * kBytes;
       F x[N];
       HEDDLE_UNROLL
@@ -349,7 +371,7 @@ HEDDLE_INLINE void add_float_block(const Run& run, int first, int last, std::int
       HEDDLE_UNROLL
       for (int n = 0; n < N; ++n) {
         if (n * kWidth >= left) continue;
-        fetch(ahead[j - first] + n * kWidth * kBytes);
+        ahead.fetch<1>();
         const F x = load_some<dtype>(row + n * kWidth * kBytes, left - n * kWidth);
         HEDDLE_UNROLL
         for (int r = 0; r < R; ++r) acc[r][n] = fma(set1(p[r * kStreamKeys + j]), x, acc[r][n]);
@@ -371,18 +393,16 @@ template <DType dtype, int R>
 void add_float_values(const Run& run, std::int64_t dim, const float* p, const float* alpha, float* o,
                       std::int64_t columns) {
   constexpr int kWide = HEDDLE_ISA_LEVEL >= 2 ? 8 : 4, kPair = R < 2 ? R : 2;
-  const std::byte* ahead[kBlockKeys];
   const int block = block_keys(run.row_bytes);
   for (int first = run.first; first < run.last; first += block) {
     const int last = first + block < run.last ? first + block : run.last;
-    run.rows_ahead(first, last - first, ahead);
+    Ahead::Lines ahead = run.lines_ahead(first, last - first);
     const float* a = first == run.first ? alpha : nullptr;
     for (std::int64_t c = 0; c < dim;) {
       if (R < 4 || HEDDLE_ISA_LEVEL < 2 || dim - c >= kWide * kWidth) {
         for (int r = 0; r < R; r += kPair) {
           add_float_block<dtype, kPair, kWide, R / kPair>(run, first, last, c, dim, p + r * kStreamKeys,
                                                           a == nullptr ? a : a + r, o + r * columns, columns, ahead);
-          for (int j = 0; j < last - first; ++j) ahead[j] += r == 0 ? 64 : 0;
         }
         c += kWide * kWidth;
       } else {
@@ -406,11 +426,10 @@ template <int R>
 void add_bf16_values(const Run& run, const StreamTile& tile, std::int64_t row, std::int64_t dim) {
   const std::int64_t stride = stream_dim(dim);
   const auto* p = reinterpret_cast<const std::uint16_t*>(tile.scores + row * kStreamKeys);
-  const std::byte* ahead[kBlockKeys + 4] = {};
   const int block = block_keys(run.row_bytes);
   for (int first = run.first; first < run.last; first += block) {
     const int last = first + block < run.last ? first + block : run.last;
-    run.rows_ahead(first, last - first, ahead);
+    Ahead::Lines ahead = run.lines_ahead(first, last - first);
     for (std::int64_t c = 0; c < dim; c += 64) {
       const std::int64_t left = dim - c;
       const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
@@ -423,11 +442,7 @@ void add_bf16_values(const Run& run, const StreamTile& tile, std::int64_t row, s
         for (int n = 0; n < 4; ++n) acc[r][n] = first == 0 ? F{} : load(sums + r * stride + 16 * n);
       }
       for (int j = first; j < last; j += 2) {
-        HEDDLE_UNROLL
-        for (int k = 0; k < 2; ++k) {
-          fetch(ahead[j - first + k] + c * 2);
-          fetch(ahead[j - first + k] + c * 2 + 64);
-        }
+        ahead.fetch<4>();
         const std::byte *even = run.row(j) + c * 2, *odd = run.row(j + 1) + c * 2;
         const bool pair = j + 1 < run.count;  // else 0, not 0 times a value
         __m512i x[4];
@@ -480,11 +495,10 @@ void add_int8_values(const Run& run, const StreamTile& tile, std::int64_t row, s
   static_assert(kStreamKeys <= 256);
   const std::int64_t stride = stream_dim(dim);
   const auto* p = reinterpret_cast<const std::uint8_t*>(tile.scores + row * kStreamKeys);
-  const std::byte* ahead[kBlockKeys + 4] = {};
   const int block = block_keys(run.row_bytes);
   for (int first = run.first; first < run.last; first += block) {
     const int last = first + block < run.last ? first + block : run.last;
-    run.rows_ahead(first, last - first, ahead);
+    Ahead::Lines ahead = run.lines_ahead(first, last - first);
     for (std::int64_t c = 0; c < dim; c += 64) {
       const std::int64_t left = dim - c;
       const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
@@ -493,8 +507,7 @@ void add_int8_values(const Run& run, const StreamTile& tile, std::int64_t row, s
       const auto multiply = [&](auto half) {
         I upper[R][2] = {}, lower[R][2] = {};
         for (int j = first; j < last; j += 4) {
-          fetch(ahead[j - first + half] + c);
-          fetch(ahead[j - first + 2 + half] + c);
+          ahead.fetch<2>();
           __m512i v[4];
           HEDDLE_UNROLL
           for (int k = 0; k < 4; ++k) v[k] = _mm512_maskz_loadu_epi8(mask, run.row(j + k) + c);
