@@ -127,7 +127,7 @@ class Attention {
         formats_(choose_formats(problem, tile_.native_words)),
         stream_qk_(formats_.qk != Math::kBFloat16 || problem.k.dtype == DType::kBFloat16 ? formats_.qk
                                                                                          : Math::kFloat32),
-        stream_pv_(formats_.pv != Math::kBFloat16            ? Math::kFloat32
+        stream_pv_(formats_.pv != Math::kBFloat16        ? Math::kFloat32
                    : problem.v.dtype == DType::kBFloat16 ? Math::kBFloat16
                    : problem.v.dtype == DType::kInt8     ? Math::kInt8
                                                          : Math::kFloat32),
@@ -330,7 +330,8 @@ std::vector<Item> Attention::make_items(std::span<const std::int32_t> units) con
       if (!follows(plan_.units[static_cast<std::size_t>(units[last])])) break;
     }
     const std::vector<WorkItem> work = plan_.items(units.subspan(first, streams(unit) ? 1 : last - first));
-    for (const WorkItem& item : work) items.push_back({item, static_cast<std::int32_t>(streams(unit) ? last - first : 1)});
+    for (const WorkItem& item : work)
+      items.push_back({item, static_cast<std::int32_t>(streams(unit) ? last - first : 1)});
   }
   return items;
 }
@@ -502,7 +503,7 @@ void Attention::copy_scales(const Rows& rows, std::int64_t head, std::span<const
     const std::int64_t begin = std::max(run.first, first), end = std::min(run.first + run.count, first + count);
     if (begin < end && rows.partition == 1 && rows.scale_group_stride == 1) {
       const float* scales = rows.scale + run.page * rows.scale_page_stride + head * rows.scale_head_stride;
-      std::copy_n(scales + run.slot + begin - run.first, end - begin, out + begin - first);
+      for (std::int64_t i = begin; i < end; ++i) out[i - first] = scales[run.slot + i - run.first];
       continue;
     }
     for (std::int64_t i = begin; i < end; ++i) out[i - first] = rows.scale_of(run.page, head, run.slot + i - run.first);
