@@ -89,13 +89,24 @@ class SampledDecode {
         sampling_(sampling_kernels()),
         quantize_(quantize_kernels()),
         plan_(make_plan(problem, kStreamRows)),
-        dim_((problem.q.dim + 63) / 64 * 64),
+        dim_(stream_dim(problem.q.dim)),
         columns_(padded_columns(problem.v.dim)),
-        integer_(problem.quantize_q && tile_.native_words) {}
+        math_(choose_math(problem, tile_.native_words)) {}
 
   void run();
 
  private:
+  // Whole numbers on int8 products, bf16 where queries and keys are; everything else as float32.
+  static Math choose_math(const Problem& problem, bool native_words) {
+    if (!native_words || problem.sampled.features != nullptr) return Math::kFloat32;
+    if (problem.quantize_q) return Math::kInt8;
+    const bool bf16 = problem.q.dtype == DType::kBFloat16 && problem.k.dtype == DType::kBFloat16;
+    return bf16 ? Math::kBFloat16 : Math::kFloat32;
+  }
+  std::byte* queries_of(UnitState& state, std::int64_t row) const {
+    return state.queries.data() + row * dim_ * 4 / elements_per_word(math_);
+  }
+
   struct Item {
     std::int32_t unit, row_tile, split;
   };
@@ -150,7 +161,7 @@ class SampledDecode {
   const QuantizeKernels& quantize_;
   const Plan plan_;
   const std::int64_t dim_, columns_;
-  const bool integer_;  // whole-number scores on int8 products
+  const Math math_;  // of the queries that the stream kernels multiply
 };
 
 void SampledDecode::run() {
@@ -198,7 +209,8 @@ void SampledDecode::run_chunk(const std::vector<Unit>& units) {
     state.tiles = (unit.keys + kTileKeys - 1) / kTileKeys;
     const std::int64_t tiles = plan_.row_tiles(unit);
     state.mass.resize(static_cast<std::size_t>(state.rows * state.tiles));
-    state.queries.resize(static_cast<std::size_t>(tiles * kStreamRows * dim_) * (integer_ ? 1 : sizeof(float)));
+    state.queries.resize(static_cast<std::size_t>(tiles * kStreamRows * dim_) * 4 /
+                         static_cast<std::size_t>(elements_per_word(math_)));
     state.factor.resize(static_cast<std::size_t>(state.rows));
     state.sums.resize(static_cast<std::size_t>(tiles * kStreamRows));
     state.features.resize(static_cast<std::size_t>(tiles));
@@ -246,14 +258,13 @@ void SampledDecode::prepare(const Unit& unit, UnitState& state, std::int64_t row
   const std::int64_t first = row_tile * kStreamRows, rows = tile_rows(unit, row_tile), dim = p_.q.dim;
   const bool static_scale = p_.k.scale != nullptr && p_.k.partition == 0;
   const double factor = p_.scale * kLog2e * (static_scale ? p_.k.scale[0] : 1.0f);
-  auto* floats = reinterpret_cast<float*>(state.queries.data()) + (integer_ ? 0 : first * dim_);
-  auto* whole = reinterpret_cast<std::int8_t*>(state.queries.data()) + (integer_ ? first * dim_ : 0);
   s.counts.resize(static_cast<std::size_t>(dim));
   s.row.resize(static_cast<std::size_t>(dim));
   for (std::int64_t r = 0; r < rows; ++r) {
     const std::int64_t head = unit.head_of(first + r), query = unit.query_of(first + r);
     const std::byte* q = p_.q.row(request.q_page, head, request.q_first + query);
-    float* out = floats + r * dim_;
+    std::byte* row = queries_of(state, first + r);
+    auto* out = reinterpret_cast<float*>(row);
     double scale = 1.0;
     if (s_.bernoulli > 0) {
       for (std::int64_t d = 0; d < dim; ++d) s.row[static_cast<std::size_t>(d)] = load_as_double(q, p_.q.dtype, d);
@@ -268,19 +279,22 @@ void SampledDecode::prepare(const Unit& unit, UnitState& state, std::int64_t row
       std::int32_t& sum = state.sums[static_cast<std::size_t>(first + r)];
       for (std::int64_t d = 0; d < dim; ++d) {
         const std::int8_t x = s.counts[static_cast<std::size_t>(d)];
-        if (integer_) {
-          whole[r * dim_ + d] = x;
+        if (math_ == Math::kInt8) {
+          reinterpret_cast<std::int8_t*>(row)[d] = x;
           sum += x;
         } else {
           out[d] = x;
         }
       }
+    } else if (math_ == Math::kBFloat16) {
+      std::memcpy(row, q, static_cast<std::size_t>(dim) * 2);
     } else {
       tile_.read_row(q, dim, p_.q.dtype, out);
     }
     state.factor[static_cast<std::size_t>(first + r)] = static_cast<float>(factor * scale);
   }
   if (s_.bernoulli == 0) return;
+  const auto* floats = reinterpret_cast<const float*>(queries_of(state, first));
   UnitState::Features& features = state.features[static_cast<std::size_t>(row_tile)];
   const std::int64_t padded = (rows + 3) / 4 * 4;
   for (std::int64_t d = 0; d < dim; ++d) {
@@ -345,15 +359,16 @@ void SampledDecode::score(const Unit& unit, UnitState& state, std::int64_t row_t
 
   StreamTile queries;
   queries.rows = rows;
-  if (integer_) {
-    queries.int8_queries = reinterpret_cast<const std::int8_t*>(state.queries.data()) + first * dim_;
-  } else {
-    queries.queries = reinterpret_cast<const float*>(state.queries.data()) + first * dim_;
-  }
+  queries.queries = queries_of(state, first);
+  queries.scores = s.scores.data();
   queries.row_sums = state.sums.data() + first;
   StreamStep step;
   step.key_dtype = p_.k.dtype;
   step.dim = p_.k.dim;
+  step.qk = math_;
+  StreamSegment segment;
+  step.segments = &segment;
+  step.num_segments = 1;
   TileScores out;
   out.rows = rows;
   out.factor = state.factor.data() + first;
@@ -426,9 +441,9 @@ void SampledDecode::score(const Unit& unit, UnitState& state, std::int64_t row_t
         });
       } else if (t % kStepTiles == 0) {
         step.keys = s.keys.data() + t * kTileKeys;
-        step.readable = (count - t) * kTileKeys;
-        step.count = std::min(step.readable, kStreamKeys);
-        stream_.scores(queries, step, s.scores.data());
+        step.count = segment.count = std::min((count - t) * kTileKeys, kStreamKeys);
+        step.next = std::min((count - t) * kTileKeys - step.count, kStreamKeys);
+        stream_.scores(&queries, 1, step);
       }
       out.scores = s.scores.data() + column;
       out.key_scale = key_scales ? s.key_scale.data() + t * kTileKeys : nullptr;

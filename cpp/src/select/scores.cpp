@@ -118,15 +118,19 @@ host::RawScores KeyScores::multiply(std::int64_t row, int at, int keys) {
 void raw_scores(const QueryRows& queries, const KeyRows& keys, float* out) {
   host::StreamTile tile;
   tile.rows = queries.rows;
-  if (queries.int8) {
-    tile.int8_queries = static_cast<const std::int8_t*>(queries.queries);
-  } else {
-    tile.queries = static_cast<const float*>(queries.queries);
-  }
+  tile.queries = queries.queries;
   tile.row_sums = queries.row_sums;
-  const host::StreamStep step{
-      .keys = keys.rows, .count = keys.count, .readable = keys.readable, .key_dtype = keys.dtype, .dim = keys.dim};
-  host::stream_kernels().scores(tile, step, out);
+  tile.scores = out;
+  const host::StreamSegment all{.count = keys.count};
+  const host::StreamStep step{.keys = keys.rows,
+                              .count = keys.count,
+                              .segments = &all,
+                              .num_segments = 1,
+                              .next = std::min(keys.readable - keys.count, host::kStreamKeys),
+                              .key_dtype = keys.dtype,
+                              .dim = keys.dim,
+                              .qk = queries.int8 ? host::Math::kInt8 : host::Math::kFloat32};
+  host::stream_kernels().scores(&tile, 1, step);
 }
 
 void read_row(const Rows& rows, std::int64_t page, std::int64_t head, std::int64_t slot, float* out) {
