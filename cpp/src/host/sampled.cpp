@@ -108,7 +108,7 @@ class SampledDecode {
   }
 
   struct Item {
-    std::int32_t unit, row_tile, split;
+    std::int32_t unit, row_tile, split, heads;
   };
   struct Place {
     std::int64_t page, slot;
@@ -116,8 +116,11 @@ class SampledDecode {
 
   void run_chunk(const std::vector<Unit>& units);
   void prepare(const Unit& unit, UnitState& state, std::int64_t row_tile, Scratch& s) const;
-  void score(const Unit& unit, UnitState& state, std::int64_t row_tile, std::int64_t k0, std::int64_t k1,
+  void score(const Unit* units, UnitState* states, int heads, std::int64_t row_tile, std::int64_t k0, std::int64_t k1,
              Scratch& s) const;
+  void locate(const Unit& unit, int heads, std::int64_t tile, std::uint64_t bits, int at, Scratch& s) const;
+  void score_by_feature(const Unit& unit, const UnitState::Features& features, std::int64_t rows, std::int64_t tile,
+                        std::uint64_t bits, float* scores) const;
   void draw(const Unit& unit, UnitState& state, Scratch& s) const;
   void draw_row(const Unit& unit, UnitState& state, std::int64_t row, Scratch& s) const;
   void keep(const float* logits, Scratch& s) const;
@@ -217,9 +220,26 @@ void SampledDecode::run_chunk(const std::vector<Unit>& units) {
     floats += static_cast<std::size_t>(state.rows * state.tiles * kTileKeys);
     work += static_cast<double>(state.rows) * static_cast<double>(unit.keys) * static_cast<double>(p_.k.dim);
     for (std::int32_t t = 0; t < tiles; ++t) {
-      row_tiles.push_back({static_cast<std::int32_t>(u), t, 0});
+      row_tiles.push_back({static_cast<std::int32_t>(u), t, 0, 1});
+    }
+  }
+  // KV heads of a request whose keys lie side by side are taken together, as far as that leaves every thread some
+  // items.
+  constexpr std::int64_t kItemsPerThread = 4;
+  std::int64_t all = 0;
+  for (const Unit& unit : units) all += plan_.row_tiles(unit) * ((unit.keys + split_size() - 1) / split_size());
+  const std::int64_t together = std::clamp<std::int64_t>(all / (kItemsPerThread * num_threads()), 1, kStreamHeads);
+  for (std::size_t first = 0, last; first < units.size(); first = last) {
+    const Unit& unit = units[first];
+    const auto follows = [&](const Unit& next) {
+      return static_cast<std::int64_t>(last - first) < together && !unit.listed && next.request == unit.request &&
+             next.query == unit.query && Visibility::shared_by_all(p_) &&
+             next.kv_head == unit.kv_head + static_cast<std::int32_t>(last - first);
+    };
+    for (last = first + 1; last < units.size() && follows(units[last]);) ++last;
+    for (std::int32_t t = 0; t < plan_.row_tiles(unit); ++t) {
       for (std::int32_t n = 0; n * split_size() < unit.keys; ++n) {
-        splits.push_back({static_cast<std::int32_t>(u), t, n});
+        splits.push_back({static_cast<std::int32_t>(first), t, n, static_cast<std::int32_t>(last - first)});
       }
     }
   }
@@ -247,7 +267,7 @@ void SampledDecode::run_chunk(const std::vector<Unit>& units) {
     const Item& item = splits[i];
     const auto u = static_cast<std::size_t>(item.unit);
     const std::int64_t first = item.split * split_size();
-    score(units[u], states[u], item.row_tile, first, std::min(units[u].keys, first + split_size()), s);
+    score(&units[u], &states[u], item.heads, item.row_tile, first, std::min(units[u].keys, first + split_size()), s);
   });
   phase(units.size(), [&](std::size_t u, Scratch& s) { draw(units[u], states[u], s); });
   workspace.trim(kLogitBudget);
@@ -340,41 +360,45 @@ void SampledDecode::for_runs(const Unit& unit, std::int64_t k0, std::uint64_t bi
   }
 }
 
-// Logits of the keys [k0, k1) for one row tile, and the masses of their tiles. Keys that no row sees are not read.
-void SampledDecode::score(const Unit& unit, UnitState& state, std::int64_t row_tile, std::int64_t k0, std::int64_t k1,
-                          Scratch& s) const {
+// Logits of the keys [k0, k1) for one row tile of `heads` units that differ in their KV head alone, and the masses of
+// their tiles. Keys that no row sees are not read; the others in the order in which they lie in memory.
+void SampledDecode::score(const Unit* units, UnitState* states, int heads, std::int64_t row_tile, std::int64_t k0,
+                          std::int64_t k1, Scratch& s) const {
+  const Unit& unit = *units;
   const std::int64_t first = row_tile * kStreamRows, rows = tile_rows(unit, row_tile);
   const Visibility seen(p_, unit.request, unit.q_head);
   tiles_of(unit, seen, unit.query_of(first), unit.query_of(first + rows - 1) + 1, k0, k1, s.tiles);
-  for (std::int64_t r = first; r < first + rows; ++r) {
-    std::fill(state.row_mass(r) + k0 / kTileKeys, state.row_mass(r) + (k1 + kTileKeys - 1) / kTileKeys,
-              TileMass{-std::numeric_limits<float>::infinity(), 0.0f});
-  }
-  const UnitState::Features& features = state.features[static_cast<std::size_t>(row_tile)];
   const bool by_feature = s_.bernoulli > 0, key_scales = p_.k.partition > 0;
-  s.keys.resize(kGatherTiles * kTileKeys + 4);
-  s.key_scale.resize(kGatherTiles * kTileKeys);
-  s.scores.resize(kStreamRows * kStreamKeys);
+  constexpr std::int64_t kGatherKeys = kGatherTiles * kTileKeys;
+  const std::int64_t head_scores = stream_rows(rows) * kStreamKeys;
+  s.keys.resize(kGatherKeys + 4);
+  s.key_scale.resize(static_cast<std::size_t>(heads * kGatherKeys));
+  s.scores.resize(static_cast<std::size_t>(heads * head_scores));
   s.bits.resize(kGatherTiles * kStreamRows);
 
-  StreamTile queries;
-  queries.rows = rows;
-  queries.queries = queries_of(state, first);
-  queries.scores = s.scores.data();
-  queries.row_sums = state.sums.data() + first;
+  StreamTile queries[kStreamHeads];
+  for (int h = 0; h < heads; ++h) {
+    UnitState& state = states[h];
+    for (std::int64_t r = first; r < first + rows; ++r) {
+      std::fill(state.row_mass(r) + k0 / kTileKeys, state.row_mass(r) + (k1 + kTileKeys - 1) / kTileKeys,
+                TileMass{-std::numeric_limits<float>::infinity(), 0.0f});
+    }
+    queries[h].rows = rows;
+    queries[h].queries = queries_of(state, first);
+    queries[h].row_sums = state.sums.data() + first;
+    queries[h].scores = s.scores.data() + h * head_scores;
+  }
+  // A segment is what lies together of a head: a page, or a tile of it.
+  const bool pages = p_.page_size >= 16 && kTileKeys % p_.page_size == 0;
+  const int segment_keys = pages ? static_cast<int>(p_.page_size) : kTileKeys;
+  StreamSegment segments[kStreamKeys / 16];
+  for (int i = 0; i < kStreamKeys / segment_keys; ++i) segments[i] = {.first = i * segment_keys, .count = segment_keys};
   StreamStep step;
+  step.key_head_stride = p_.k.head_stride;
   step.key_dtype = p_.k.dtype;
   step.dim = p_.k.dim;
   step.qk = math_;
-  StreamSegment segment;
-  step.segments = &segment;
-  step.num_segments = 1;
-  TileScores out;
-  out.rows = rows;
-  out.factor = state.factor.data() + first;
-  out.softcap = static_cast<float>(p_.softcap * kLog2e);
-  out.logit_stride = state.tiles * kTileKeys;
-  out.mass_stride = state.tiles;
+  step.segments = segments;
 
   struct Visit {
     std::int64_t tile = 0;
@@ -398,27 +422,7 @@ void SampledDecode::score(const Unit& unit, UnitState& state, std::int64_t row_t
         }
         if (visit.bits == 0) continue;
       }
-      const std::byte** keys = s.keys.data() + count * kTileKeys;
-      float* scale = s.key_scale.data() + count * kTileKeys;
-      for_runs(unit, visit.tile * kTileKeys, visit.bits, [&](int lane, std::int64_t run, const Place& at) {
-        const std::byte* key = p_.k.row(at.page, unit.kv_head, at.slot);
-        for (std::int64_t i = 0; i < run; ++i) keys[lane + i] = key + i * p_.k.slot_stride;
-        if (p_.k.partition == 1) {
-          const float* own = p_.k.scale + at.page * p_.k.scale_page_stride + unit.kv_head * p_.k.scale_head_stride;
-          for (std::int64_t i = 0; i < run; ++i) scale[lane + i] = own[(at.slot + i) * p_.k.scale_group_stride];
-        }
-        for (std::int64_t i = 0; p_.k.partition > 1 && i < run; ++i) {
-          scale[lane + i] = p_.k.scale_of(at.page, unit.kv_head, at.slot + i);
-        }
-      });
-      if (visit.bits != ~std::uint64_t{0}) {  // the other lanes take a key that is read anyway
-        const int some = std::countr_zero(visit.bits);
-        for (int lane = 0; lane < kTileKeys; ++lane) {
-          if ((visit.bits >> lane & 1u) != 0) continue;
-          keys[lane] = keys[some];
-          scale[lane] = scale[some];
-        }
-      }
+      locate(unit, heads, visit.tile, visit.bits, count * kTileKeys, s);
       read += std::popcount(visit.bits);
       ++count;
     }
@@ -426,35 +430,77 @@ void SampledDecode::score(const Unit& unit, UnitState& state, std::int64_t row_t
     for (int t = 0; t < count; ++t) {
       const int column = t % kStepTiles * kTileKeys;
       if (by_feature) {
-        for_runs(unit, visits[t].tile * kTileKeys, visits[t].bits, [&](int lane, std::int64_t run, const Place& at) {
-          const auto size = static_cast<std::int64_t>(size_of(p_.k.dtype));
-          sampling_.feature_scores({.keys = p_.sampled.features + at.page * p_.sampled.feature_page_stride +
-                                            unit.kv_head * p_.sampled.feature_head_stride + at.slot * size,
-                                    .feature_bytes = p_.page_size * size,
-                                    .dtype = p_.k.dtype,
-                                    .count = static_cast<int>(run),
-                                    .features = features.index.data(),
-                                    .num_features = static_cast<std::int64_t>(features.index.size()),
-                                    .queries = features.queries.data(),
-                                    .rows = rows,
-                                    .scores = s.scores.data() + column + lane});
-        });
+        for (int h = 0; h < heads; ++h) {
+          const UnitState::Features& features = states[h].features[static_cast<std::size_t>(row_tile)];
+          score_by_feature(units[h], features, rows, visits[t].tile, visits[t].bits, queries[h].scores + column);
+        }
       } else if (t % kStepTiles == 0) {
+        const int left = (count - t) * kTileKeys;
         step.keys = s.keys.data() + t * kTileKeys;
-        step.count = segment.count = std::min((count - t) * kTileKeys, kStreamKeys);
-        step.next = std::min((count - t) * kTileKeys - step.count, kStreamKeys);
-        stream_.scores(&queries, 1, step);
+        step.count = std::min(left, kStreamKeys);
+        step.num_segments = step.count / segment_keys;
+        step.next = left > step.count ? segment_keys : 0;
+        stream_.scores(queries, heads, step);
       }
-      out.scores = s.scores.data() + column;
-      out.key_scale = key_scales ? s.key_scale.data() + t * kTileKeys : nullptr;
-      out.bits = visits[t].masked ? s.bits.data() + t * kStreamRows : nullptr;
-      out.logits = state.row_logits(first) + visits[t].tile * kTileKeys;
-      out.mass = state.row_mass(first) + visits[t].tile;
-      sampling_.logits(out);
+      for (int h = 0; h < heads; ++h) {
+        UnitState& state = states[h];
+        sampling_.logits({.scores = queries[h].scores + column,
+                          .rows = rows,
+                          .factor = state.factor.data() + first,
+                          .key_scale = key_scales ? s.key_scale.data() + h * kGatherKeys + t * kTileKeys : nullptr,
+                          .softcap = static_cast<float>(p_.softcap * kLog2e),
+                          .bits = visits[t].masked ? s.bits.data() + t * kStreamRows : nullptr,
+                          .logits = state.row_logits(first) + visits[t].tile * kTileKeys,
+                          .logit_stride = state.tiles * kTileKeys,
+                          .mass = state.row_mass(first) + visits[t].tile,
+                          .mass_stride = state.tiles});
+      }
     }
   }
-  count(p_.sampled.reads.k_features, unit,
-        read * (by_feature ? static_cast<std::int64_t>(features.index.size()) : p_.k.dim));
+  for (int h = 0; h < heads; ++h) {
+    const std::size_t features = states[h].features[static_cast<std::size_t>(row_tile)].index.size();
+    count(p_.sampled.reads.k_features, units[h], read * (by_feature ? static_cast<std::int64_t>(features) : p_.k.dim));
+  }
+}
+
+// Where the keys of a tile lie whose bits are set, from `at` on in s.keys, and each head's scales in s.key_scale.
+void SampledDecode::locate(const Unit& unit, int heads, std::int64_t tile, std::uint64_t bits, int at,
+                           Scratch& s) const {
+  const std::byte** keys = s.keys.data() + at;
+  for_runs(unit, tile * kTileKeys, bits, [&](int lane, std::int64_t run, const Place& place) {
+    const std::byte* key = p_.k.row(place.page, unit.kv_head, place.slot);
+    for (std::int64_t i = 0; i < run; ++i) keys[lane + i] = key + i * p_.k.slot_stride;
+    for (int h = 0; p_.k.partition > 0 && h < heads; ++h) {
+      float* scale = s.key_scale.data() + h * kGatherTiles * kTileKeys + at + lane;
+      const std::int64_t head = unit.kv_head + h;
+      if (p_.k.partition == 1) {
+        const float* own = p_.k.scale + place.page * p_.k.scale_page_stride + head * p_.k.scale_head_stride;
+        for (std::int64_t i = 0; i < run; ++i) scale[i] = own[(place.slot + i) * p_.k.scale_group_stride];
+      } else {
+        for (std::int64_t i = 0; i < run; ++i) scale[i] = p_.k.scale_of(place.page, head, place.slot + i);
+      }
+    }
+  });
+  if (bits == ~std::uint64_t{0}) return;
+  const int some = std::countr_zero(bits);  // the other lanes take a key that is read anyway; their bits hide it
+  for (std::uint64_t other = ~bits; other != 0; other &= other - 1) keys[std::countr_zero(other)] = keys[some];
+}
+
+void SampledDecode::score_by_feature(const Unit& unit, const UnitState::Features& features, std::int64_t rows,
+                                     std::int64_t tile, std::uint64_t bits, float* scores) const {
+  const auto size = static_cast<std::int64_t>(size_of(p_.k.dtype));
+  for_runs(unit, tile * kTileKeys, bits, [&](int lane, std::int64_t run, const Place& place) {
+    sampling_.feature_scores({.keys = p_.sampled.features + place.page * p_.sampled.feature_page_stride +
+                                      unit.kv_head * p_.sampled.feature_head_stride + place.slot * size,
+                              .feature_bytes = p_.page_size * size,
+                              .dtype = p_.k.dtype,
+                              .count = static_cast<int>(run),
+                              .features = features.index.data(),
+                              .num_features = static_cast<std::int64_t>(features.index.size()),
+                              .queries = features.queries.data(),
+                              .rows = rows,
+                              .scores = scores + lane});
+  });
 }
 
 // s.kept: 64 bits a tile of the keys that are read exactly. s.share and s.tops say which tiles hold anything, and up to
