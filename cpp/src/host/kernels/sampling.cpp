@@ -10,6 +10,14 @@ namespace {
 
 constexpr int kVectors = kTileKeys / kWidth;
 
+HEDDLE_INLINE float sum_of(F x) {
+#if HEDDLE_ISA_LEVEL >= 2
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  return reduce_add(x);
+#endif
+}
+
 // The mass of logits x(0) .. x(kVectors - 1).
 template <class Logits>
 HEDDLE_INLINE TileMass mass_of(Logits&& x) {
@@ -22,7 +30,7 @@ HEDDLE_INLINE TileMass mass_of(Logits&& x) {
   F sum{};
   HEDDLE_UNROLL
   for (int n = 0; n < kVectors; ++n) sum = sum + exp2<5>(x(n) - base);
-  return {top, reduce_add(sum)};
+  return {top, sum_of(sum)};
 }
 
 void logits(const TileScores& tile) {
