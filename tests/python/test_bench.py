@@ -210,6 +210,20 @@ def test_peak_memory_is_seen_and_reset(monkeypatch):
     assert peak_memory.resident("VmHWM") - before < size / 4
 
 
+def test_partial_results_of_small_splits_are_bounded(monkeypatch, rng):
+    """Splits of 64 keys in a prefill of 6144: kept all at once, their partial results are 156 MB a head."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import peak_memory
+
+    q, k, v = (rng.standard_normal((1, 6144, 2, 64), dtype=np.float32) for _ in range(3))
+    expected = heddle.attention(q, k, v, causal=True)
+    peak_memory.reset_peak()
+    before = peak_memory.resident("VmRSS")
+    out = heddle.attention(q, k, v, causal=True, schedule=heddle.Schedule(split_size=64))
+    assert peak_memory.resident("VmHWM") - before < 100 << 20
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
 # --- record.py ---
 
 PROGRAM = """#!{python}

@@ -367,6 +367,9 @@ void Attention::run_chunk(std::vector<PackGroup>& groups, const std::vector<std:
     }
   }
 
+  // Heads whose rows lie side by side are packed side by side.
+  std::ranges::stable_sort(pack, {}, &PackItem::tile);
+
   std::vector<Item> items = make_items(units);
   const ScheduleKind kind = p_.schedule.kind;
   if (kind == ScheduleKind::kTile) std::reverse(items.begin(), items.end());
