@@ -4,6 +4,7 @@
     python bench/host.py --quick                few repeats: minutes less, noise more; not recorded
     python bench/host.py --filter decode        the lines whose name matches a regular expression; not recorded
     python bench/host.py --show RECORD.json     the table of a record
+    python bench/host.py --join A.json B.json   one record of several runs with --filter and --into, of one build
 
 The calls that a line compares take turns (A B A B ...), each after one untimed call of its own, so that a slow moment
 of the machine falls on all of them. Times are wall-clock; the table has medians, ratios of medians and of minima.
@@ -607,6 +608,30 @@ def show(record: dict[str, Any], console: Console) -> None:
         console.print(f"\n{sum(judged)} of {len(judged)} targets met, by medians")
 
 
+def join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One record of several runs that measured different lines of the table, on one machine with one build; complete if
+    no line is missing. The first run's time and load stand for all."""
+    for part in parts:
+        for key in ("revision", "build", "versions"):
+            if part[key] != parts[0][key]:
+                raise SystemExit(f"--join: the records differ in {key}: {parts[0][key]} and {part[key]}")
+        for key in ("processor", "isa", "threads", "torch"):
+            if part["device"][key] != parts[0]["device"][key]:
+                raise SystemExit(f"--join: the records differ in device.{key}")
+    by_name = {result["name"]: result for part in parts for result in part["results"]}
+    names = [line.name for point in make_points(1) for line in point.lines] + [_memory_name(d, 32768) for d in DTYPES]
+    if strange := by_name.keys() - set(names):
+        raise SystemExit(f"--join: no line of the table is called {sorted(strange)[0]}")
+    return parts[0] | {
+        "command": f"python bench/host.py ({len(parts)} runs with --filter, joined)",
+        "commands": [part["command"] for part in parts],
+        "complete": by_name.keys() == set(names),
+        "points": [point for part in parts for point in part["points"]],
+        "results": [by_name[name] for name in names if name in by_name],
+        "seconds": sum(part["seconds"] for part in parts),
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few repeats of every line")
@@ -615,6 +640,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shrink", type=int, default=1, help="divide all lengths by this (to 16), to try the script")
     parser.add_argument("--into", type=Path, help="folder of the record (bench/results if everything was measured)")
     parser.add_argument("--show", type=Path, metavar="RECORD", help="print a record's table and stop")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="RECORD", help="write one record of several and stop")
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(arguments)
     if not 1 <= args.shrink <= 16:
@@ -625,6 +651,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=160)
     if args.show:
         show(json.loads(args.show.read_text()), console)
+        return 0
+    if args.join:
+        record = join([json.loads(path.read_text()) for path in args.join])
+        show(record, console)
+        console.print(f"recorded in {os.path.relpath(records.write(record, 'host', args.into or records.RESULTS))}")
         return 0
 
     options = Options(args.seconds or (0.1 if args.quick else 1.0), 2 if args.quick else 5, args.shrink)
