@@ -149,8 +149,7 @@ void multiply_rows(const float* queries, std::int64_t stride, std::int64_t rows,
     const KeyRows rows_of_keys{.rows = at, .count = count, .readable = count, .dtype = DType::kFloat32, .dim = dim};
     for (std::int64_t row = 0; row < rows; row += host::kStreamRows) {
       const QueryRows part{.queries = queries + row * stride,
-                           .rows = std::min<std::int64_t>(host::kStreamRows, rows - row),
-                           .stride = stride};
+                           .rows = std::min<std::int64_t>(host::kStreamRows, rows - row)};
       raw_scores(part, rows_of_keys, scores);
       for (std::int64_t r = 0; r < part.rows; ++r) {
         for (int i = 0; i < count; ++i) {

@@ -140,7 +140,7 @@ class Pages {
         options_(options),
         page_size_(cache != nullptr ? problem.page_size : std::min(options.page_size, kFar)),
         bounds_(problem, options, cache, page_size_),
-        stride_((2 * problem.q.dim + 63) / 64 * 64),
+        stride_(host::stream_dim(2 * problem.q.dim)),
         lists_(q, problem.packed, problem.num_kv_heads) {}
 
   Selection run();
@@ -233,8 +233,7 @@ bool Pages::score(const Job& job, Scratch& s) const {
     const KeyRows keys{.rows = four, .count = count, .readable = count, .dtype = bounds_.dtype(), .dim = 2 * dim};
     for (std::int64_t row = 0; row < group; row += host::kStreamRows) {
       const QueryRows queries{.queries = s.queries.data() + row * stride_,
-                              .rows = std::min<std::int64_t>(group - row, host::kStreamRows),
-                              .stride = stride_};
+                              .rows = std::min<std::int64_t>(group - row, host::kStreamRows)};
       raw_scores(queries, keys, s.scores.data());
       const host::RawScores block{.scores = s.scores.data(),
                                   .rows = queries.rows,

@@ -8,11 +8,6 @@
 #include "host/tile_kernels.h"
 
 namespace heddle::select {
-namespace {
-
-std::int64_t padded(std::int64_t dim) { return (dim + 63) / 64 * 64; }
-
-}  // namespace
 
 float query_scale(const Problem& p, const std::byte* row) {
   if (p.q_static_scale > 0.0f) return p.q_static_scale;
@@ -25,7 +20,7 @@ float query_scale(const Problem& p, const std::byte* row) {
 KeyScores::KeyScores(const Problem& problem)
     : p_(problem),
       group_(problem.group()),
-      stride_(padded(problem.q.dim)),
+      stride_(host::stream_dim(problem.q.dim)),
       int8_((problem.quantize_q || problem.q.dtype == DType::kInt8) && problem.k.dtype == DType::kInt8 &&
             host::tile_kernels().native_words) {
   if (p_.k.scale != nullptr && p_.k.partition == 0) factor_ = p_.k.scale[0];
@@ -97,7 +92,6 @@ host::RawScores KeyScores::multiply(std::int64_t row, int at, int keys) {
   const std::int64_t bytes = int8_ ? 1 : 4;
   const QueryRows queries{.queries = queries_.data() + row * stride_ * bytes,
                           .rows = std::min<std::int64_t>(group_ - row, host::kStreamRows),
-                          .stride = stride_,
                           .int8 = int8_,
                           .row_sums = row_sums_.data() + row};
   const KeyRows rows{.rows = rows_.data() + at,

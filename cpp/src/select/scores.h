@@ -11,11 +11,10 @@
 
 namespace heddle::select {
 
-// Query rows (floats, or int8 with the sum of each row), `stride` elements apart and in number padded to a multiple of
-// 4, 1 and 2 aside.
+// Query rows (floats, or int8 with the sum of each row), padded as stream_rows() and stream_dim() say.
 struct QueryRows {
   const void* queries = nullptr;
-  std::int64_t rows = 0, stride = 0;  // rows: at most kStreamRows; stride: the dimension, padded to 64
+  std::int64_t rows = 0;  // at most kStreamRows
   bool int8 = false;
   const std::int32_t* row_sums = nullptr;
 };

@@ -40,7 +40,7 @@ class Stem {
         cache_(cache),
         blocks_(problem, options.block, options.n_first, options.n_last),
         dim_(plan.stride * problem.q.dim),
-        padded_((dim_ + 63) / 64 * 64) {}
+        padded_(host::stream_dim(dim_)) {}
 
   Selection run();
 

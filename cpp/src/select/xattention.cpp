@@ -22,7 +22,7 @@ class XAttention {
         options_(options),
         blocks_(problem, options.block, options.n_first, options.n_last),
         dim_(options.stride * problem.q.dim),
-        padded_((dim_ + 63) / 64 * 64) {}
+        padded_(host::stream_dim(dim_)) {}
 
   Selection run() {
     for (std::int64_t b = 0; b < static_cast<std::int64_t>(p_.requests.size()); ++b) {
