@@ -158,7 +158,8 @@ std::string repr(const SharedCache& self) {
                      ", head_dim=", c.head_dim,
                      c.head_dim_v != c.head_dim ? check::text(", head_dim_v=", c.head_dim_v) : "", ", format='",
                      to_string(c.format), "'", c.partition > 1 ? check::text(", partition=", c.partition) : "",
-                     c.feature_major ? ", feature_major=True" : "", ", device='", heddle::to_string(c.device), "')");
+                     c.feature_major ? ", feature_major=True" : "", c.page_bounds ? ", page_bounds=True" : "",
+                     ", device='", heddle::to_string(c.device), "')");
 }
 
 }  // namespace
@@ -236,8 +237,8 @@ Values beyond a scale saturate and are counted. HeddleValueError once the cache 
       .def_property_readonly("kv_calibrated", &current<&KVCache::kv_calibrated>, "Whether K and V have their scales.")
       .def_property_readonly("q_calibrated", &current<&KVCache::q_calibrated>, "Whether q has its static scale.")
       .def_property_readonly("bytes_per_token", &current<&KVCache::bytes_per_token>,
-                             "Bytes of K (twice with feature_major), V, their scales and the value norms that a token "
-                             "takes, all heads.")
+                             "Bytes of K (twice with feature_major), V, their scales, the value norms and the page "
+                             "bounds that a token takes, all heads.")
       .def_property_readonly("nbytes", &current<&KVCache::nbytes>, "Bytes of the whole cache.")
       .def_property_readonly("num_pages", &config_number<&CacheConfig::num_pages>)
       .def_property_readonly("page_size", &config_number<&CacheConfig::page_size>, "Tokens of a page.")
