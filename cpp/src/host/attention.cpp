@@ -117,7 +117,8 @@ struct Scratch {
   float* tile_scale;               // [kStepTiles][64]: of tiles packed on the way
   const std::byte** key_rows;      // [kGatherKeys + 4]
   const std::byte** value_rows;
-  float *alpha, *weight, *sums;  // stream path, see StreamTile
+  float *alpha, *weight, *sums;    // stream path, see StreamTile
+  std::span<const Unit> prepared;  // whose queries lie here; stream path
 };
 
 // Consecutive keys in one page: slots [slot, slot + count), gathered to `first` and on.
@@ -177,6 +178,7 @@ class Attention {
   void run_item(const Item& item, const PackGroup* group, Scratch& s) const;
   void finish_rows(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t split, const Partials* partials,
                    Scratch& s) const;
+  void begin_rows(std::int64_t rows, Scratch& s) const;
   void prepare_rows(const Unit& unit, std::int64_t row, std::int64_t rows, bool stream, Scratch& s) const;
   void run_tiles(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t k0, std::int64_t k1,
                  const PackGroup* group, Scratch& s) const;
@@ -546,7 +548,14 @@ bool Attention::pack_tile(const Unit& unit, std::int64_t tile, const PackedTile&
                            formats_.pv, out.values);
 }
 
-// Queries in the form their kernel reads, factor and bias of each row, and an empty softmax state.
+// An empty softmax state.
+void Attention::begin_rows(std::int64_t rows, Scratch& s) const {
+  std::fill_n(s.m, rows, -kInfinity);
+  std::fill_n(s.l, rows, 0.0f);
+  std::memset(s.o, 0, static_cast<std::size_t>(rows * columns_) * sizeof(float));
+}
+
+// Queries in the form their kernel reads, and factor and bias of each row.
 void Attention::prepare_rows(const Unit& unit, std::int64_t row, std::int64_t rows, bool stream, Scratch& s) const {
   const Request& request = p_.requests[unit.request];
   const std::int64_t dim = p_.q.dim, stream_stride = (dim + 63) / 64 * 64;
@@ -580,15 +589,11 @@ void Attention::prepare_rows(const Unit& unit, std::int64_t row, std::int64_t ro
       for (std::int64_t i = 0; i < dim; ++i) dot += static_cast<double>(s.query_row[i]) * mean[i];
       s.bias[r] = static_cast<float>(dot * scale * p_.scale * kLog2e);
     }
-    s.m[r] = -kInfinity;
-    s.l[r] = 0.0f;
   }
-  std::memset(s.o, 0, static_cast<std::size_t>((stream ? stream_rows(rows) : kTileRows) * columns_) * sizeof(float));
 
   if (!stream) {
     for (std::int64_t r = rows; r < kTileRows; ++r) {  // kernels take whole vectors of rows
-      s.factor[r] = s.bias[r] = s.l[r] = 0.0f;
-      s.m[r] = -kInfinity;
+      s.factor[r] = s.bias[r] = 0.0f;
       s.row_sums[r] = 0;
     }
     tile_.pack_queries({sources, rows, dim, source_type, nullptr}, formats_.qk, negate, s.queries, s.row_sums);
@@ -626,14 +631,20 @@ void Attention::run_item(const Item& item, const PackGroup* group, Scratch& s) c
   const std::int64_t k0 = item.work.split * split, k1 = std::min(unit.keys, k0 + split);
   if (!streams(unit)) {
     prepare_rows(unit, row, rows, false, s);
+    begin_rows(kTileRows, s);
+    s.prepared = {};
     if (k0 < k1) run_tiles(unit, row, rows, k0, k1, group, s);
     return finish_rows(unit, row, rows, item.work.split, item.partials, s);
   }
   const std::int64_t stride = stream_rows(rows);
-  for (std::size_t i = 0; i < units.size(); ++i) {
-    Scratch part = rows_from(s, static_cast<std::int64_t>(i) * stride);
-    prepare_rows(units[i], 0, rows, true, part);
+  if (s.prepared.data() != units.data() || s.prepared.size() != units.size()) {  // often another split of the same
+    for (std::size_t i = 0; i < units.size(); ++i) {
+      Scratch part = rows_from(s, static_cast<std::int64_t>(i) * stride);
+      prepare_rows(units[i], 0, rows, true, part);
+    }
+    s.prepared = units;
   }
+  begin_rows(static_cast<std::int64_t>(units.size()) * stride, s);
   if (k0 < k1) run_stream(units, k0, k1, s);
   for (std::size_t i = 0; i < units.size(); ++i) {
     Scratch part = rows_from(s, static_cast<std::int64_t>(i) * stride);

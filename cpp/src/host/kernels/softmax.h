@@ -67,18 +67,22 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
     if (!active[t]) continue;
     float* s = scores + t * kTileKeys;
     const float* key_scale = step.key_scale[t];
-    if (key_scale != nullptr ||
-        row.softcap > 0.0f) {  // scores that are not a multiple of the product: rewritten in place
+    if (row.softcap > 0.0f) {  // scores that are not a multiple of the product: rewritten in place
       for (int n = 0; n < kVectors; ++n) {
         F x = load_scores<kIntScores>(s + n * kWidth);
         if (key_scale != nullptr) x = x * load(key_scale + n * kWidth);
         x = fma(x, set1(row.factor), set1(row.bias));
-        if (row.softcap > 0.0f) x = set1(row.softcap) * tanh(x * set1(1.0f / row.softcap));
-        store(s + n * kWidth, x);
+        store(s + n * kWidth, set1(row.softcap) * tanh(x * set1(1.0f / row.softcap)));
       }
       is_int = false;
       factor = 1.0f;
       bias = 0.0f;
+    } else if (key_scale != nullptr) {
+      HEDDLE_UNROLL
+      for (int n = 0; n < kVectors; ++n) {
+        store(s + n * kWidth, load_scores<kIntScores>(s + n * kWidth) * load(key_scale + n * kWidth));
+      }
+      is_int = false;
     }
     const std::uint64_t* bits = step.bits[t];
     HEDDLE_UNROLL

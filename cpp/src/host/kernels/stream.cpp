@@ -78,14 +78,14 @@ class Ahead {
     skip(static_cast<int>(kBytesAhead / row_bytes) / 4 * 4);  // the step before has fetched them
   }
 
-  // Lines to fetch one by one: p, p + inc, ...
+  // Lines to fetch one by one from p on, or (inc 0) nothing new.
   struct Lines {
     const std::byte* p;
     std::int64_t inc;
     template <int N>
     HEDDLE_INLINE void fetch() {
       HEDDLE_UNROLL
-      for (int i = 0; i < N; ++i) fetch_line(p + i * inc);
+      for (int i = 0; i < N; ++i) fetch_line(p + i * 64);
       p += N * inc;
     }
   };
@@ -252,7 +252,7 @@ void float_scores(const Run& run, std::int64_t dim, const float* queries, std::i
 
 #if HEDDLE_ISA_LEVEL >= 3
 // VDPBF16PS: two elements of a key a lane.
-template <int R>
+template <int R, bool kWhole>
 void bf16_scores(const Run& run, std::int64_t dim, const std::uint16_t* queries, std::int64_t query_stride,
                  float* scores) {
   for (int j = run.first; j < run.last; j += kScoreKeys) {
@@ -263,7 +263,7 @@ void bf16_scores(const Run& run, std::int64_t dim, const std::uint16_t* queries,
     for (std::int64_t i = 0; i < dim; i += 32) {
       ahead.fetch<kScoreKeys>();
       const std::int64_t left = dim - i;
-      const __mmask32 mask = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+      const __mmask32 mask = kWhole || left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
       __m512i x[kScoreKeys];
       HEDDLE_UNROLL
       for (int k = 0; k < kScoreKeys; ++k) x[k] = _mm512_maskz_loadu_epi16(mask, rows[k] + i * 2);
@@ -281,7 +281,7 @@ void bf16_scores(const Run& run, std::int64_t dim, const std::uint16_t* queries,
 }
 
 // Whole-number scores on VPDPBUSD: keys biased by 128, undone by the queries' sums. Below 2^24, so exact as floats too.
-template <int R>
+template <int R, bool kWhole>
 void int8_scores(const Run& run, std::int64_t dim, const std::int8_t* queries, std::int64_t query_stride,
                  const std::int32_t* row_sums, float* scores) {
   const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
@@ -301,7 +301,7 @@ void int8_scores(const Run& run, std::int64_t dim, const std::int8_t* queries, s
     for (std::int64_t i = 0; i < dim; i += 64) {
       ahead.fetch<kScoreKeys>();
       const std::int64_t left = dim - i;
-      const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+      const __mmask64 mask = kWhole || left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
       __m512i x[kScoreKeys];
       HEDDLE_UNROLL
       for (int k = 0; k < kScoreKeys; ++k) {
@@ -416,7 +416,7 @@ HEDDLE_INLINE void update(float* o, std::int64_t c, std::int64_t columns, float 
 }
 
 // VDPBF16PS on pairs of keys, 64 columns at a time. Sums stay interleaved as the pairs are until the step ends.
-template <int R>
+template <int R, bool kWhole>
 void add_bf16_values(const Run& run, const StreamTile& tile, std::int64_t row, std::int64_t dim) {
   const std::int64_t stride = stream_dim(dim);
   const auto* p = reinterpret_cast<const std::uint16_t*>(tile.scores + row * kStreamKeys);
@@ -426,7 +426,7 @@ void add_bf16_values(const Run& run, const StreamTile& tile, std::int64_t row, s
     Ahead::Lines ahead = run.lines_ahead(first, last - first);
     for (std::int64_t c = 0; c < dim; c += 64) {
       const std::int64_t left = dim - c;
-      const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+      const __mmask64 mask = kWhole || left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
       const auto half = [&](int n) { return static_cast<__mmask32>(mask >> (32 * n)); };
       float* sums = tile.sums + row * stride + c;
       F acc[R][4];
@@ -484,7 +484,7 @@ void finish_bf16_values(const StreamTile& tile, std::int64_t dim) {
 
 // VPDPBUSD on four keys, 64 columns in two halves: probabilities are 256 times an upper byte plus a lower one. A step's
 // sum stays below 65535 * 127 * 256 < 2^31.
-template <int R>
+template <int R, bool kWhole>
 void add_int8_values(const Run& run, const StreamTile& tile, std::int64_t row, std::int64_t dim) {
   static_assert(kStreamKeys <= 256);
   const std::int64_t stride = stream_dim(dim);
@@ -495,7 +495,7 @@ void add_int8_values(const Run& run, const StreamTile& tile, std::int64_t row, s
     Ahead::Lines ahead = run.lines_ahead(first, last - first);
     for (std::int64_t c = 0; c < dim; c += 64) {
       const std::int64_t left = dim - c;
-      const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+      const __mmask64 mask = kWhole || left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
       auto* sums = reinterpret_cast<std::int32_t*>(tile.sums) + row * stride + c;
       const auto multiply = [&](auto half) {
         I upper[R][2] = {}, lower[R][2];
@@ -578,11 +578,14 @@ void scores_of(const Run& run, const StreamTile& tile, const StreamStep& step, s
   float* at = tile.scores + row * kStreamKeys;
 #if HEDDLE_ISA_LEVEL >= 3
   if (step.qk == Math::kInt8) {
-    return int8_scores<R>(run, dim, static_cast<const std::int8_t*>(tile.queries) + row * stride, stride,
-                          tile.row_sums + row, at);
+    const auto* q = static_cast<const std::int8_t*>(tile.queries) + row * stride;
+    return dim % 64 == 0 ? int8_scores<R, true>(run, dim, q, stride, tile.row_sums + row, at)
+                         : int8_scores<R, false>(run, dim, q, stride, tile.row_sums + row, at);
   }
   if (step.qk == Math::kBFloat16) {
-    return bf16_scores<R>(run, dim, static_cast<const std::uint16_t*>(tile.queries) + row * stride, stride, at);
+    const auto* q = static_cast<const std::uint16_t*>(tile.queries) + row * stride;
+    return dim % 32 == 0 ? bf16_scores<R, true>(run, dim, q, stride, at)
+                         : bf16_scores<R, false>(run, dim, q, stride, at);
   }
 #endif
   const float* q = static_cast<const float*>(tile.queries) + row * stride;
@@ -598,8 +601,15 @@ void scores_of(const Run& run, const StreamTile& tile, const StreamStep& step, s
 template <int R>
 void values_of(const Run& run, const StreamTile& tile, const StreamStep& step, std::int64_t row) {
 #if HEDDLE_ISA_LEVEL >= 3
-  if (step.pv == Math::kBFloat16) return add_bf16_values<R>(run, tile, row, step.dim_v);
-  if (step.pv == Math::kInt8) return add_int8_values<R>(run, tile, row, step.dim_v);
+  const bool whole = step.dim_v % 64 == 0;
+  if (step.pv == Math::kBFloat16) {
+    return whole ? add_bf16_values<R, true>(run, tile, row, step.dim_v)
+                 : add_bf16_values<R, false>(run, tile, row, step.dim_v);
+  }
+  if (step.pv == Math::kInt8) {
+    return whole ? add_int8_values<R, true>(run, tile, row, step.dim_v)
+                 : add_int8_values<R, false>(run, tile, row, step.dim_v);
+  }
 #endif
   const float* p = tile.scores + row * kStreamKeys;
   const float* alpha = run.first == 0 ? tile.alpha + row : nullptr;
