@@ -197,11 +197,11 @@ cuda::DecodeArgs decode_args(const Problem& p) {
     args.tokens = indices.as<const std::int32_t>();
     args.num_tokens = indices.shape[2];
     args.tokens_batch_stride = indices.strides[0];
-    args.tokens_head_stride = indices.strides[1];
+    args.tokens_head_stride = indices.shape[1] == 1 ? 0 : indices.strides[1];  // 1: all heads alike
     if (lengths.given()) {
       args.token_lengths = lengths.as<const std::int32_t>();
       args.lengths_batch_stride = lengths.strides[0];
-      args.lengths_head_stride = lengths.strides[1];
+      args.lengths_head_stride = lengths.shape[1] == 1 ? 0 : lengths.strides[1];
     }
   }
   return args;

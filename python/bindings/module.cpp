@@ -44,10 +44,13 @@ PYBIND11_MODULE(_core, m) {
   bind_device_memory(m);
   bind_backend(m);
   bind_select(m);
+  bind_selectors(m);
   bind_quantize(m);
   bind_attention(m);
+  bind_sampling(m);
   bind_cache(m);
   bind_advise(m);
+  bind_trace(m);
 }
 
 }  // namespace heddle::python

@@ -265,7 +265,9 @@ def _cache(k, v, value_norms, saturation, k_scale, v_scale, q_scale, format, par
 def _decode(q, block_table, seq_lens, *rest):
     cache, o = _cache(*rest[:9]), _Options(*rest[9:])
     schedule = Schedule(o.schedule, o.split_size)
-    result = _core.decode(q, cache, block_table, seq_lens, *o.masks(), o.return_lse, None, o.backend, schedule, None)
+    result = _core.decode(
+        q, cache, block_table, seq_lens, *o.masks(), None, o.return_lse, False, None, o.backend, schedule, None
+    )
     return o.results(result, q)
 
 

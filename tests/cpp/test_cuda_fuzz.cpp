@@ -18,7 +18,7 @@
 #include <gtest/gtest.h>
 
 #include "core/dispatch.h"
-#include "core/front_end.h"
+#include "core/front.h"
 #include "support/judge.h"
 #include "support/random.h"
 

@@ -63,6 +63,7 @@ def table(tmp_path_factory):
     """(the record of a few lines of every kind, what was printed)."""
     folder = tmp_path_factory.mktemp("records")
     lines = r"prefill/.*/causal/d64/s64$|fp32/window.*/d64|decode/(fp32|int8-b)/.*/page64/(read|fp32)|memory/bf16"
+    lines += "|select/fp32|select/bf16/(oam|pages|dsa 8)|stem.*s1024$"
     printed = run("host.py", "--quick", "--seconds", "0.01", "--shrink", "16", "--filter", lines, "--into", folder)
     (path,) = folder.iterdir()
     assert f"recorded in {os.path.relpath(path)}" in printed
@@ -84,6 +85,11 @@ def test_record_of_the_table(table):
         "decode/fp32/1x2048/page64/read",
         "decode/int8-b/1x2048/page64/read",
         "decode/int8-b/1x2048/page64/fp32",
+        "select/fp32/exact top 128/1x8192",
+        "select/bf16/oam 64/1x2048/page64",
+        "select/bf16/pages 64/1x2048/page64",
+        "select/bf16/dsa 8x64 64/1x2048/page64",
+        "select/bf16/stem/d128/s1024",
         "memory/bf16/causal/h2/d128/s2048",
     ]
 
@@ -193,6 +199,32 @@ def test_a_filter_that_matches_nothing_says_so():
     assert "--filter matches no line" in done.stderr
 
 
+def test_runs_of_parts_are_joined(host):
+    names = [line.name for point in host.make_points(1) for line in point.lines]
+    names += [host._memory_name(dtype, 32768) for dtype in host.DTYPES]
+    about = {
+        "command": "python bench/host.py --filter x",
+        "device": {"processor": "p", "isa": "avx2", "threads": 2, "torch": {}, "load_average": [0.5, 0.5, 0.5]},
+        "build": {"current": True},
+        "versions": {},
+        "revision": {"commit": "0" * 40, "dirty": False},
+        "seconds": 2.0,
+    }
+    parts = [about | {"points": [{"name": n}], "results": [{"name": n, "met": True}]} for n in reversed(names)]
+    joined = host.join(parts)
+    assert joined["complete"] is True
+    assert [result["name"] for result in joined["results"]] == names
+    assert joined["seconds"] == 2.0 * len(names)
+    assert len(joined["commands"]) == len(joined["points"]) == len(names)
+    assert host.join(parts[1:])["complete"] is False
+    with pytest.raises(SystemExit, match="differ in revision"):
+        host.join([parts[0], parts[1] | {"revision": {"commit": "1" * 40, "dirty": False}}])
+    with pytest.raises(SystemExit, match="differ in device"):
+        host.join([parts[0], parts[1] | {"device": about["device"] | {"isa": "amx"}}])
+    with pytest.raises(SystemExit, match="no line of the table is called other"):
+        host.join([parts[0] | {"results": [{"name": "other"}]}])
+
+
 # --- peak_memory.py ---
 
 
@@ -208,6 +240,20 @@ def test_peak_memory_is_seen_and_reset(monkeypatch):
     assert peak_memory.resident("VmHWM") - before == pytest.approx(size, rel=0.1)
     peak_memory.reset_peak()
     assert peak_memory.resident("VmHWM") - before < size / 4
+
+
+def test_partial_results_of_small_splits_are_bounded(monkeypatch, rng):
+    """Splits of 64 keys in a prefill of 6144: kept all at once, their partial results are 156 MB a head."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import peak_memory
+
+    q, k, v = (rng.standard_normal((1, 6144, 2, 64), dtype=np.float32) for _ in range(3))
+    expected = heddle.attention(q, k, v, causal=True)
+    peak_memory.reset_peak()
+    before = peak_memory.resident("VmRSS")
+    out = heddle.attention(q, k, v, causal=True, schedule=heddle.Schedule(split_size=64))
+    assert peak_memory.resident("VmHWM") - before < 100 << 20
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- record.py ---

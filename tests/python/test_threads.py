@@ -51,6 +51,24 @@ def test_threads_do_not_interfere(rng):
             np.testing.assert_array_equal(result, expected[i])
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_few_row_tiles_split_their_keys(rng, kv_heads):
+    """A chunk of more rows than a row tile has, on long keys: the same bits on any number of threads."""
+    q, k, v = normal(rng, 1, 21, 32, 40), normal(rng, 1, 5000, kv_heads, 40), normal(rng, 1, 5000, kv_heads, 40)
+    expected, expected_lse = heddle.attention(q, k, v, causal=True, return_lse=True, backend="reference")
+    results = []
+    for threads in (1, 2, 3):
+        heddle.set_num_threads(threads)
+        try:
+            results.append(heddle.attention(q, k, v, causal=True, return_lse=True))
+        finally:
+            heddle.set_num_threads(0)
+    for out, lse in results:
+        np.testing.assert_array_equal(out, results[0][0])
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(lse, expected_lse, rtol=1e-5)
+
+
 def test_errors_and_kernels_belong_to_their_thread(rng):
     q = normal(rng, 1, 4, 2, 8)
     barrier = threading.Barrier(4)

@@ -98,8 +98,8 @@ struct Cost {
   double workspace_bytes = 0.0;   // masks, token lists, partial results of splits
   double activation_bytes = 0.0;  // q, out and the new k and v
   double total_bytes = 0.0;       // all of them and other_bytes
-  double operations = 0.0;
-  double moved_bytes = 0.0;  // read and written in this phase
+  double operations = 0.0;        // of the pairs; strided prefill: of the tiles of 64 keys that hold them
+  double moved_bytes = 0.0;       // read and written in this phase
   double seconds = 0.0;
   bool memory_bound = false;     // more time goes into bytes than into operations
   bool fits = true;              // in the machine's memory

@@ -60,6 +60,20 @@ std::int64_t rows_read(const Pattern& p, std::int64_t q_len, std::int64_t kv_len
                                                      : std::min(kv_len, one_query * std::min(q_len, kv_len));
 }
 
+// Pairs that are multiplied. In prefill kernels take whole tiles of keys, and with a stride up to a tile's length every
+// tile holds a key that is seen.
+double pairs_multiplied(const Pattern& pattern, Phase phase, std::int64_t q_len, std::int64_t kv_len, bool causal) {
+  constexpr double kTileKeys = 64.0;
+  const auto pairs = static_cast<double>(count_pairs(pattern, q_len, kv_len, causal));
+  if (pattern.kind != Kind::kStrided || phase != Phase::kPrefill) return pairs;
+  Pattern near = pattern;
+  near.strided.stride = kv_len + 1;
+  const auto dense = static_cast<double>(count_pairs({}, q_len, kv_len, causal)),
+             within = static_cast<double>(count_pairs(near, q_len, kv_len, causal));
+  const double share = std::min(1.0, kTileKeys / static_cast<double>(pattern.strided.stride));
+  return std::max(pairs, within + (dense - within) * share);
+}
+
 Cost cost_without_limits(const AdviseParams& a, const Pattern& pattern, CacheFormat format, Phase phase,
                          std::int64_t seq_len) {
   const std::int64_t q_len = phase == Phase::kPrefill ? seq_len : std::min(a.new_tokens, seq_len);
@@ -109,8 +123,9 @@ Cost cost_without_limits(const AdviseParams& a, const Pattern& pattern, CacheFor
   // Time. Top-k reads every key to rank it; every other pattern reads the keys that it multiplies.
   const bool ranks = pattern.kind == Kind::kTopK;
   const double k_rows = static_cast<double>(ranks ? rows_read({}, q_len, seq_len, a.causal) : read);
-  const double qk = 2.0 * dim * (ranks ? dense : static_cast<double>(c.pairs)) * batch * q_heads;
-  const double pv = 2.0 * dim_v * static_cast<double>(c.pairs) * batch * q_heads;
+  const double multiplied = pairs_multiplied(pattern, phase, q_len, seq_len, a.causal);
+  const double qk = 2.0 * dim * (ranks ? dense : multiplied) * batch * q_heads;
+  const double pv = 2.0 * dim_v * multiplied * batch * q_heads;
   // The two products read and write what softmax reads and writes again.
   const double scores_moved = 4.0 * c.score_bytes;
   const double moved =

@@ -9,9 +9,12 @@
 
 #include "core/check.h"
 #include "core/dispatch.h"
-#include "core/front_end.h"
+#include "core/front.h"
 #include "core/readable.h"
+#include "core/sampling.h"
+#include "core/threads.h"
 #include "heddle/decode.h"
+#include "select/visibility.h"
 #include "store/memory.h"
 
 namespace heddle {
@@ -163,6 +166,14 @@ void set_outputs(const TensorView& q, std::int64_t head_dim_v, const TensorView&
   problem.lse_slot_stride = lse.strides[lse.rank - 1];
 }
 
+// Selectors read what they are given.
+void check_selects_here(const Problem& problem) {
+  if (!on_cpu(problem)) {
+    check::fail(ErrorCode::kUnsupported, "q",
+                check::text("on ", to_string(problem.device), "; selections are made at run time on cpu alone"));
+  }
+}
+
 // What AttentionParams and DecodeParams share; problem.q and the numbers of heads are set.
 template <class Params>
 void set_options(const Params& params, Problem& problem) {
@@ -266,6 +277,10 @@ void check_token_list(const std::int32_t* list, std::int64_t capacity, const std
   if (length == nullptr) {
     while (n > 0 && list[n - 1] == -1) --n;
   }
+  if (n == 0) return;
+  std::int32_t bad = list[0] < 0 || list[n - 1] >= kv_len ? 1 : 0;
+  for (std::int64_t i = 1; i < n; ++i) bad |= list[i] <= list[i - 1] ? 1 : 0;
+  if (bad == 0) return;
   std::int64_t previous = -1;
   for (std::int64_t i = 0; i < n; ++i) {
     if (list[i] < 0 || list[i] >= kv_len) {
@@ -282,14 +297,14 @@ void check_token_list(const std::int32_t* list, std::int64_t capacity, const std
   }
 }
 
-// indices [B, Hkv, n], [B, Sq, Hkv, n], or [total_q, Hkv, n] in a packed batch.
+// indices [B, Hkv, n], [B, Sq, Hkv, n], or [total_q, Hkv, n] in a packed batch; 1 in place of Hkv: for all heads.
 void check_tokens(const select::Tokens& selection, const Problem& problem, std::int64_t num_tokens) {
   const TensorView& indices = selection.indices;
   const TensorView& lengths = selection.lengths;
   check::index_array("indices", indices, problem.device, "q");
   check::rank("indices", indices, problem.packed ? std::initializer_list<int>{3} : std::initializer_list<int>{3, 4});
   const std::int64_t batch = problem.batch();
-  const bool per_query = indices.rank == 4 || (problem.packed && indices.shape[0] != batch);
+  const bool per_query = token_lists_per_query(problem);
   const int head_axis = indices.rank - 2;
   if (indices.rank == 4) {
     check::axis("indices", indices, 0, "batch", batch, "the requests");
@@ -300,8 +315,10 @@ void check_tokens(const select::Tokens& selection, const Problem& problem, std::
   } else {
     check::axis("indices", indices, 0, "batch", batch, "the requests");
   }
-  check::axis("indices", indices, head_axis, "heads", problem.num_kv_heads, "the KV heads");
-  const std::int64_t capacity = indices.shape[head_axis + 1];
+  if (indices.shape[head_axis] != 1) {
+    check::axis("indices", indices, head_axis, "heads", problem.num_kv_heads, "the KV heads (or 1: all alike)");
+  }
+  const std::int64_t capacity = indices.shape[head_axis + 1], heads = indices.shape[head_axis];
   if (lengths.given()) {
     check::given("lengths", lengths);
     check::dtype("lengths", lengths, {DType::kInt32});
@@ -317,8 +334,9 @@ void check_tokens(const select::Tokens& selection, const Problem& problem, std::
   for (std::int64_t b = 0; b < batch; ++b) {
     const Request& request = problem.requests[b];
     const std::int64_t lists = per_query ? request.q_len : 1;
-    for (std::int64_t i = 0; i < lists; ++i) {
-      for (std::int64_t h = 0; h < problem.num_kv_heads; ++h) {
+    for_ranges(lists * heads, lists * heads * capacity, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t n = first; n < last; ++n) {
+        const std::int64_t i = n / heads, h = n % heads;
         const auto offset = [&](const TensorView& t) {
           if (indices.rank == 4) return b * t.strides[0] + i * t.strides[1] + h * t.strides[2];
           return (per_query ? request.q_first + i : b) * t.strides[0] + h * t.strides[1];
@@ -330,7 +348,7 @@ void check_tokens(const select::Tokens& selection, const Problem& problem, std::
         };
         check_token_list(list_entries.data() + offset(list_entries.view()), capacity, length, request.kv_len, place);
       }
-    }
+    });
   }
 }
 
@@ -345,7 +363,7 @@ void check_selection(const Problem& problem, std::int64_t num_tokens) {
 
 }  // namespace
 
-Problem problem_of(const AttentionParams& params) {
+Problem problem_of(const AttentionParams& params, bool outputs) {
   const TensorView &q = params.q, &k = params.k, &v = params.v;
   Problem problem;
   problem.packed = params.cu_seqlens_q.given() || params.cu_seqlens_k.given();
@@ -379,7 +397,8 @@ Problem problem_of(const AttentionParams& params) {
   set_scales("q", "q_scales", q, params.q_scales, problem.q);
   set_scales("k", "k_scales", k, params.k_scales, problem.k);
   set_scales("v", "v_scales", v, params.v_scales, problem.v);
-  set_outputs(q, v.shape[dim], params.out, params.lse, params.backend, problem);
+  if (!outputs) check_selects_here(problem);
+  if (outputs) set_outputs(q, v.shape[dim], params.out, params.lse, params.backend, problem);
   set_options(params, problem);
 
   if (problem.packed) {
@@ -417,7 +436,7 @@ Problem problem_of(const AttentionParams& params) {
   return problem;
 }
 
-Problem problem_of(const DecodeParams& params) {
+Problem problem_of(const DecodeParams& params, bool outputs) {
   const TensorView &q = params.q, &table = params.block_table, &seq_lens = params.seq_lens;
   if (params.cache == nullptr) check::fail(ErrorCode::kValue, "cache", "not given; a KVCache is needed");
   KVCache& cache = *params.cache;
@@ -452,7 +471,8 @@ Problem problem_of(const DecodeParams& params) {
     }
   }
   problem.v.scale = cache.v_scale().as<const float>();
-  set_outputs(q, problem.v.dim, params.out, params.lse, params.backend, problem);
+  if (!outputs) check_selects_here(problem);
+  if (outputs) set_outputs(q, problem.v.dim, params.out, params.lse, params.backend, problem);
   set_options(params, problem);
 
   check::index_array("block_table", table, q.device, "q");
@@ -575,9 +595,24 @@ void plan_decode(const DecodeParams& params, DecodePlan& plan) {
   state.key = std::move(key);
 }
 
+void set_query_scale(const DecodeParams& params, Problem& problem) {
+  KVCache& cache = *params.cache;
+  if (!problem.quantize_q || !cache.q_scale().given() || params.q.numel() == 0) return;
+  if (!cache.q_calibrated()) cache.calibrate_q(params.q, params.stream);
+  const auto* scale = cache.q_scale().as<const float>();
+  if (on_cpu(problem)) {
+    problem.q_static_scale = *scale;
+  } else {
+    problem.q_static_scale_on_device = scale;
+  }
+}
+
 void decode(const DecodeParams& params) {
   Problem problem = problem_of(params);
-  const Row& row = find_row(Operation::kDecode, params.backend, features_of(problem));
+  set_sampling(params, problem);
+  if (problem.sampled.features != nullptr) problem.quantize_q = false;
+  const Operation operation = params.sampling ? Operation::kSampledDecode : Operation::kDecode;
+  const Row& row = find_row(operation, params.backend, features_of(problem));
   if (params.plan != nullptr) {
     const DecodePlan::State& plan = params.plan->state();
     if (plan.key != plan_key(problem, row, params.seq_lens)) {
@@ -589,16 +624,7 @@ void decode(const DecodeParams& params) {
     }
     problem.plan = plan.memory.as<void>();
   }
-  KVCache& cache = *params.cache;
-  if (cache.q_scale().given() && params.q.numel() > 0) {
-    if (!cache.q_calibrated()) cache.calibrate_q(params.q, params.stream);
-    const auto* scale = cache.q_scale().as<const float>();
-    if (on_cpu(problem)) {
-      problem.q_static_scale = *scale;
-    } else {
-      problem.q_static_scale_on_device = scale;
-    }
-  }
+  set_query_scale(params, problem);
   run(row, problem);
 }
 

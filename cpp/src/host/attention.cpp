@@ -31,7 +31,8 @@ constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Keys and values packed at a time: bounds the memory of a call whatever its length.
+// Keys and values packed at a time, and partial results kept at a time (or those of one row tile, if they are more):
+// bounds the memory of a call whatever its length.
 constexpr std::size_t kPackBudget = std::size_t{64} << 20;
 
 // Keys whose places are looked up at a time: the stream kernels fetch ahead among them.
@@ -59,6 +60,18 @@ Formats choose_formats(const Problem& problem, bool native_words) {
   return f;
 }
 
+// Row tiles that end where the blocks of a mask do see whole blocks, and need no masks of single elements.
+std::int64_t row_tile_of(const Problem& problem) {
+  const auto* mask = std::get_if<select::BlockMask>(&problem.selection->kind());
+  if (mask == nullptr || mask->block_q > kTileRows * kTileRows) return kTileRows;
+  const std::int64_t rows = mask->block_q * (Visibility::shared_by_group(problem) ? problem.group() : 1);
+  if (rows <= kTileRows) return kTileRows / rows * rows;
+  for (std::int64_t tile = kTileRows; 2 * tile > kTileRows; tile -= 32) {
+    if (rows % tile == 0) return tile;
+  }
+  return kTileRows;
+}
+
 // Keys and values of a KV head of a request, packed: tiles of 64 keys.
 struct PackGroup {
   std::int32_t unit = 0;  // any of its units
@@ -76,8 +89,10 @@ struct PackedTile {
   float* key_scale = nullptr;  // [64] or null
 };
 
-// Partial results of one split of a unit: o [rows][columns], then m and l [rows].
+// Partial results of a row tile whose keys are split: of each split and row, o [columns], m and l.
 struct Partials {
+  std::int32_t unit = 0;
+  std::int64_t first_row = 0;  // of the unit
   float* base = nullptr;
   std::int64_t splits = 0, rows = 0, columns = 0;
   float* o(std::int64_t split, std::int64_t row) const { return base + (split * rows + row) * (columns + 2); }
@@ -98,10 +113,25 @@ struct Scratch {
   std::uint64_t* bits;  // [kStepTiles][kTileRows], or [kStreamRows][kStepTiles]
   std::byte* keys;      // kStepTiles packed tiles
   std::byte* values;
-  float *key_scale, *value_scale;  // [kGatherKeys]
+  float *key_scale, *value_scale;  // [kTileKeys], or [kStreamHeads][kStreamKeys]
   float* tile_scale;               // [kStepTiles][64]: of tiles packed on the way
   const std::byte** key_rows;      // [kGatherKeys + 4]
   const std::byte** value_rows;
+  float *alpha, *weight, *sums;    // stream path, see StreamTile
+  std::span<const Unit> prepared;  // whose queries lie here; stream path
+};
+
+// Consecutive keys in one page: slots [slot, slot + count), gathered to `first` and on.
+struct KeyRun {
+  std::int64_t first = 0, count = 0, page = 0, slot = 0;
+};
+
+// Work that one thread does at once: an item of the plan, or the same split of several stream units, whose keys lie
+// side by side.
+struct Item {
+  WorkItem work;
+  std::int32_t units = 1;              // from work.unit on
+  const Partials* partials = nullptr;  // of its units, or null: not split
 };
 
 class Attention {
@@ -112,7 +142,13 @@ class Attention {
         stream_(stream_kernels()),
         quantize_(quantize_kernels()),
         formats_(choose_formats(problem, tile_.native_words)),
-        plan_(make_plan(problem, kTileRows)),
+        stream_qk_(formats_.qk != Math::kBFloat16 || problem.k.dtype == DType::kBFloat16 ? formats_.qk
+                                                                                         : Math::kFloat32),
+        stream_pv_(formats_.pv != Math::kBFloat16        ? Math::kFloat32
+                   : problem.v.dtype == DType::kBFloat16 ? Math::kBFloat16
+                   : problem.v.dtype == DType::kInt8     ? Math::kInt8
+                                                         : Math::kFloat32),
+        plan_(make_plan(problem, row_tile_of(problem))),
         columns_(padded_columns(problem.v.dim)),
         words_(query_words(problem.q.dim, formats_.qk)),
         key_bytes_(key_tile_bytes(problem.q.dim, formats_.qk)),
@@ -133,15 +169,23 @@ class Attention {
     return {group.keys + t * key_bytes_, group.values + t * value_bytes_,
             group.key_scale == nullptr ? nullptr : group.key_scale + t * kTileKeys};
   }
-  void gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s) const;
+  std::vector<Item> make_items(std::span<const std::int32_t> units) const;
+  void gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s,
+              std::vector<KeyRun>* runs = nullptr) const;
+  void copy_scales(const Rows& rows, std::int64_t head, std::span<const KeyRun> runs, std::int64_t first,
+                   std::int64_t count, float* out) const;
   bool pack_tile(const Unit& unit, std::int64_t tile, const PackedTile& out, Scratch& s) const;
-  void run_item(const WorkItem& item, const PackGroup* group, const Partials* partials, Scratch& s) const;
+  void run_item(const Item& item, const PackGroup* group, Scratch& s) const;
+  void finish_rows(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t split, const Partials* partials,
+                   Scratch& s) const;
+  void begin_rows(std::int64_t rows, Scratch& s) const;
   void prepare_rows(const Unit& unit, std::int64_t row, std::int64_t rows, bool stream, Scratch& s) const;
   void run_tiles(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t k0, std::int64_t k1,
                  const PackGroup* group, Scratch& s) const;
-  void run_stream(const Unit& unit, std::int64_t k0, std::int64_t k1, Scratch& s) const;
+  void run_stream(std::span<const Unit> units, std::int64_t k0, std::int64_t k1, Scratch& s) const;
+  Scratch rows_from(const Scratch& s, std::int64_t row) const;
   void write_row(const Unit& unit, std::int64_t row, float* o, float m, float l) const;
-  void merge_rows(const Unit& unit, const Partials& partials, std::int64_t row, float* o) const;
+  void merge_rows(const Partials& partials, std::int64_t row, float* o) const;
 
   // Tiles and masks, whether the unit reads all keys or a list.
   void tiles_of(const Unit& unit, const Visibility& seen, std::int64_t q0, std::int64_t q1, std::int64_t k0,
@@ -170,6 +214,7 @@ class Attention {
   const StreamKernels& stream_;
   const QuantizeKernels& quantize_;
   const Formats formats_;
+  const Math stream_qk_, stream_pv_;  // of the stream path, which multiplies values as they are stored
   const Plan plan_;
   const std::int64_t columns_, words_;
   const std::size_t key_bytes_, value_bytes_;
@@ -191,15 +236,30 @@ Scratch& Attention::scratch(Workspace& workspace, Scratch& s) const {
     s.bits = c.take<std::uint64_t>(kStepTiles * kTileRows);
     s.keys = c.take<std::byte>(kStepTiles * key_bytes_);
     s.values = c.take<std::byte>(kStepTiles * value_bytes_);
-    s.key_scale = c.take<float>(kGatherKeys);
-    s.value_scale = c.take<float>(kGatherKeys);
+    for (float** at : {&s.key_scale, &s.value_scale}) *at = c.take<float>(kStreamHeads * kStreamKeys);
     s.tile_scale = c.take<float>(kStepTiles * kTileKeys);
     s.key_rows = c.take<const std::byte*>(kGatherKeys + 4);
     s.value_rows = c.take<const std::byte*>(kGatherKeys + 4);
+    for (float** at : {&s.alpha, &s.weight}) *at = c.take<float>(kTileRows);
+    s.sums = c.take<float>(static_cast<std::size_t>(kTileRows * stream_dim(p_.v.dim)));
     return c.used();
   };
   carve(Carver(workspace.reserve(carve(Carver(nullptr)))));
   return s;
+}
+
+// The same scratch for rows from `row` on.
+Scratch Attention::rows_from(const Scratch& s, std::int64_t row) const {
+  Scratch part = s;
+  const std::int64_t dim = stream_dim(p_.q.dim);
+  part.queries += row * dim * 4;
+  part.query_int8 += row * dim;
+  for (float** at : {&part.factor, &part.bias, &part.m, &part.l, &part.alpha, &part.weight}) *at += row;
+  part.row_sums += row;
+  part.o += row * columns_;
+  part.scores += row * kStreamKeys;
+  part.sums += row * stream_dim(p_.v.dim);
+  return part;
 }
 
 // Units with more than one row tile read the same packed keys, as do all heads of a group.
@@ -208,10 +268,12 @@ std::vector<PackGroup> Attention::make_groups() const {
   for (std::size_t u = 0; u < plan_.units.size(); ++u) {
     const Unit& unit = plan_.units[u];
     const auto index = static_cast<std::int32_t>(u);
+    const std::int64_t tiles = (unit.keys + kTileKeys - 1) / kTileKeys;
     if (!groups.empty()) {
       const Unit& last = plan_.units[static_cast<std::size_t>(groups.back().unit)];
       if (last.request == unit.request && last.kv_head == unit.kv_head && last.query == unit.query) {
         groups.back().units.push_back(index);
+        if (!streams(unit)) groups.back().tiles = tiles;
         continue;
       }
     }
@@ -219,7 +281,7 @@ std::vector<PackGroup> Attention::make_groups() const {
     group.unit = index;
     group.units = {index};
     // Packing ahead pays if a packed tile is read more than once.
-    if (!streams(unit) && plan_.row_tiles(unit) > 1) group.tiles = (unit.keys + kTileKeys - 1) / kTileKeys;
+    if (!streams(unit) && plan_.row_tiles(unit) > 1) group.tiles = tiles;
     groups.push_back(std::move(group));
   }
   return groups;
@@ -264,6 +326,36 @@ void Attention::run() {
   flush();
 }
 
+// Stream units of one request whose keys lie side by side are taken together, as far as that leaves enough items for
+// the threads: who computes a head changes no bit of it.
+std::vector<Item> Attention::make_items(std::span<const std::int32_t> units) const {
+  constexpr std::int64_t kItemsPerThread = 4;
+  std::int64_t splits = 0;
+  for (const std::int32_t u : units) {
+    const Unit& unit = plan_.units[static_cast<std::size_t>(u)];
+    if (streams(unit)) splits += plan_.splits(unit);
+  }
+  const std::int64_t together = std::max<std::int64_t>(1, splits / (kItemsPerThread * num_threads()));
+
+  std::vector<Item> items;
+  for (std::size_t first = 0, last; first < units.size(); first = last) {
+    const Unit& unit = plan_.units[static_cast<std::size_t>(units[first])];
+    const auto follows = [&](const Unit& next) {
+      if (!streams(unit)) return !streams(next);
+      const std::int64_t most = std::min<std::int64_t>(kTileRows / stream_rows(unit.rows()), kStreamHeads);
+      return static_cast<std::int64_t>(last - first) < std::min(together, most) && streams(next) && !unit.listed &&
+             next.request == unit.request && Visibility::shared_by_all(p_);
+    };
+    for (last = first + 1; last < units.size(); ++last) {
+      if (!follows(plan_.units[static_cast<std::size_t>(units[last])])) break;
+    }
+    const std::vector<WorkItem> work = plan_.items(units.subspan(first, streams(unit) ? 1 : last - first));
+    for (const WorkItem& item : work)
+      items.push_back({item, static_cast<std::int32_t>(streams(unit) ? last - first : 1)});
+  }
+  return items;
+}
+
 void Attention::run_chunk(std::vector<PackGroup>& groups, const std::vector<std::int32_t>& units) {
   // Which tiles to pack: what some row of some head visits.
   struct PackItem {
@@ -289,36 +381,12 @@ void Attention::run_chunk(std::vector<PackGroup>& groups, const std::vector<std:
     }
   }
 
-  // Partial results of units whose keys are split.
-  static thread_local Workspace partial_workspace;
-  std::vector<Partials> partials(plan_.units.size());
-  struct MergeItem {
-    std::int32_t unit;
-    std::int64_t row;
-  };
-  std::vector<MergeItem> merges;
-  std::size_t partial_floats = 0;
-  for (const std::int32_t u : units) {
-    const Unit& unit = plan_.units[static_cast<std::size_t>(u)];
-    Partials& part = partials[static_cast<std::size_t>(u)];
-    part.splits = plan_.splits(unit);
-    part.rows = unit.rows();
-    part.columns = columns_;
-    if (part.splits > 1) partial_floats += static_cast<std::size_t>(part.splits * part.rows * (columns_ + 2));
-  }
-  float* at = reinterpret_cast<float*>(partial_workspace.reserve(partial_floats * sizeof(float)));
-  for (const std::int32_t u : units) {
-    Partials& part = partials[static_cast<std::size_t>(u)];
-    if (part.splits == 1) continue;
-    part.base = at;
-    at += part.splits * part.rows * (columns_ + 2);
-    for (std::int64_t row = 0; row < part.rows; ++row) merges.push_back({u, row});
-  }
+  // Heads whose rows lie side by side are packed side by side.
+  std::ranges::stable_sort(pack, {}, &PackItem::tile);
 
-  std::vector<WorkItem> items = plan_.items(units);
+  std::vector<Item> items = make_items(units);
   const ScheduleKind kind = p_.schedule.kind;
   if (kind == ScheduleKind::kTile) std::reverse(items.begin(), items.end());
-  const auto num_items = static_cast<std::int64_t>(items.size()), num_pack = static_cast<std::int64_t>(pack.size());
   // Little work is done sooner by one thread than by waking another.
   constexpr double kWorkPerThread = 1 << 20;  // multiply-adds
   double work = 0.0;
@@ -347,21 +415,49 @@ void Attention::run_chunk(std::vector<PackGroup>& groups, const std::vector<std:
       tile_.end_thread();
     });
   };
-  phase(num_pack, false, [&](std::int64_t i, Scratch& s) {
+  phase(static_cast<std::int64_t>(pack.size()), false, [&](std::int64_t i, Scratch& s) {
     const auto& [group, tile] = pack[static_cast<std::size_t>(i)];
     group->finite[static_cast<std::size_t>(tile)] =
         pack_tile(plan_.units[static_cast<std::size_t>(group->unit)], tile, packed_tile(*group, tile), s);
   });
-  phase(num_items, kind == ScheduleKind::kStatic, [&](std::int64_t i, Scratch& s) {
-    const WorkItem& item = items[static_cast<std::size_t>(i)];
-    const Partials& part = partials[static_cast<std::size_t>(item.unit)];
-    run_item(item, group_of[static_cast<std::size_t>(item.unit)], part.splits > 1 ? &part : nullptr, s);
-  });
-  phase(static_cast<std::int64_t>(merges.size()), false, [&](std::int64_t i, Scratch& s) {
-    const MergeItem& item = merges[static_cast<std::size_t>(i)];
-    merge_rows(plan_.units[static_cast<std::size_t>(item.unit)], partials[static_cast<std::size_t>(item.unit)],
-               item.row, s.o);
-  });
+  // Items by waves that keep so many partial results. The splits of a row tile lie side by side.
+  static thread_local Workspace partial_workspace;
+  std::vector<Partials> partials;
+  partials.reserve(units.size() + items.size());  // items point into it
+  std::vector<std::pair<const Partials*, std::int64_t>> merges;
+  for (std::size_t first = 0, last; first < items.size(); first = last) {
+    partials.clear();
+    merges.clear();
+    std::size_t floats = 0;
+    for (last = first; last < items.size();) {
+      const Item& item = items[last];
+      const Unit& unit = plan_.units[static_cast<std::size_t>(item.work.unit)];
+      const std::int64_t splits = plan_.splits(unit), row = item.work.row_tile * plan_.row_tile,
+                         rows = std::min(plan_.row_tile, unit.rows() - row);
+      const auto need = static_cast<std::size_t>(splits > 1 ? item.units * splits * rows * (columns_ + 2) : 0);
+      if (floats > 0 && (floats + need) * sizeof(float) > kPackBudget) break;
+      floats += need;
+      const Partials* kept = splits > 1 ? partials.data() + partials.size() : nullptr;
+      for (std::int32_t i = 0; kept != nullptr && i < item.units; ++i) {
+        partials.push_back({item.work.unit + i, row, nullptr, splits, rows, columns_});
+      }
+      for (std::int64_t s = 0; s < splits; ++s) items[last++].partials = kept;
+    }
+    float* at = reinterpret_cast<float*>(partial_workspace.reserve(floats * sizeof(float)));
+    for (Partials& part : partials) {
+      part.base = at;
+      at += part.splits * part.rows * (columns_ + 2);
+      for (std::int64_t row = 0; row < part.rows; ++row) merges.emplace_back(&part, row);
+    }
+    phase(static_cast<std::int64_t>(last - first), kind == ScheduleKind::kStatic, [&](std::int64_t i, Scratch& s) {
+      const Item& item = items[first + static_cast<std::size_t>(i)];
+      run_item(item, group_of[static_cast<std::size_t>(item.work.unit)], s);
+    });
+    phase(static_cast<std::int64_t>(merges.size()), false, [&](std::int64_t i, Scratch& s) {
+      const auto& [part, row] = merges[static_cast<std::size_t>(i)];
+      merge_rows(*part, row, s.o);
+    });
+  }
   partial_workspace.trim(kPackBudget);
 }
 
@@ -395,47 +491,71 @@ std::uint64_t Attention::bits_of(const Unit& unit, const Visibility& seen, std::
   return first >= last ? 0 : (~std::uint64_t{0} >> (64 - (last - first))) << first;
 }
 
-// Where keys [begin, end) of the unit lie, into the scratch's arrays from `at` on; their scales too if they have their
-// own.
-void Attention::gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s) const {
-  const bool key_scales = p_.k.partition > 0, value_scales = p_.v.partition > 0;
+// Where keys [begin, end) of the unit lie, into the scratch's arrays from `at` on. Appends runs of consecutive slots.
+void Attention::gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s,
+                       std::vector<KeyRun>* runs) const {
   while (begin < end) {
-    // A run of keys whose rows are evenly spaced.
     const Place place = this->place(unit, begin);
-    std::int64_t run = end - begin;
+    std::int64_t count = end - begin;
     if (unit.listed) {
-      run = 1;
+      count = 1;
     } else if (p_.page_size > 0) {
-      run = std::min(run, p_.page_size - place.slot);
+      count = std::min(count, p_.page_size - place.slot);
     }
     const std::byte* key = p_.k.row(place.page, unit.kv_head, place.slot);
     const std::byte* value = p_.v.row(place.page, unit.kv_head, place.slot);
-    for (std::int64_t i = 0; i < run; ++i) {
+    for (std::int64_t i = 0; i < count; ++i) {
       s.key_rows[at + i] = key + i * p_.k.slot_stride;
       s.value_rows[at + i] = value + i * p_.v.slot_stride;
     }
-    for (std::int64_t i = 0; key_scales && i < run; ++i) {
-      s.key_scale[at + i] = p_.k.scale_of(place.page, unit.kv_head, place.slot + i);
+    if (runs != nullptr) {
+      KeyRun* last = runs->empty() ? nullptr : &runs->back();
+      if (last != nullptr && last->page == place.page && last->slot + last->count == place.slot) {
+        last->count += count;
+      } else {
+        runs->push_back({at, count, place.page, place.slot});
+      }
     }
-    for (std::int64_t i = 0; value_scales && i < run; ++i) {
-      s.value_scale[at + i] = p_.v.scale_of(place.page, unit.kv_head, place.slot + i);
+    begin += count;
+    at += count;
+  }
+}
+
+// The scales of gathered keys [first, first + count).
+void Attention::copy_scales(const Rows& rows, std::int64_t head, std::span<const KeyRun> runs, std::int64_t first,
+                            std::int64_t count, float* out) const {
+  for (const KeyRun& run : runs) {
+    const std::int64_t begin = std::max(run.first, first), end = std::min(run.first + run.count, first + count);
+    if (begin < end && rows.partition == 1 && rows.scale_group_stride == 1) {
+      const float* scales = rows.scale + run.page * rows.scale_page_stride + head * rows.scale_head_stride;
+      for (std::int64_t i = begin; i < end; ++i) out[i - first] = scales[run.slot + i - run.first];
+      continue;
     }
-    begin += run;
-    at += run;
+    for (std::int64_t i = begin; i < end; ++i) out[i - first] = rows.scale_of(run.page, head, run.slot + i - run.first);
   }
 }
 
 // Returns whether the values are finite.
 bool Attention::pack_tile(const Unit& unit, std::int64_t tile, const PackedTile& out, Scratch& s) const {
   const std::int64_t begin = tile * kTileKeys, count = std::min<std::int64_t>(kTileKeys, unit.keys - begin);
-  gather(unit, begin, begin + count, 0, s);
-  if (out.key_scale != nullptr) std::copy_n(s.key_scale, count, out.key_scale);
+  thread_local std::vector<KeyRun> runs;
+  runs.clear();
+  gather(unit, begin, begin + count, 0, s, &runs);
+  if (out.key_scale != nullptr) copy_scales(p_.k, unit.kv_head, runs, 0, count, out.key_scale);
+  if (p_.v.partition > 0) copy_scales(p_.v, unit.kv_head, runs, 0, count, s.value_scale);
   tile_.pack_keys({s.key_rows, count, p_.k.dim, p_.k.dtype, nullptr}, formats_.qk, out.keys);
   return tile_.pack_values({s.value_rows, count, p_.v.dim, p_.v.dtype, p_.v.partition > 0 ? s.value_scale : nullptr},
                            formats_.pv, out.values);
 }
 
-// Queries in the form their kernel reads, factor and bias of each row, and an empty softmax state.
+// An empty softmax state.
+void Attention::begin_rows(std::int64_t rows, Scratch& s) const {
+  std::fill_n(s.m, rows, -kInfinity);
+  std::fill_n(s.l, rows, 0.0f);
+  std::memset(s.o, 0, static_cast<std::size_t>(rows * columns_) * sizeof(float));
+}
+
+// Queries in the form their kernel reads, and factor and bias of each row.
 void Attention::prepare_rows(const Unit& unit, std::int64_t row, std::int64_t rows, bool stream, Scratch& s) const {
   const Request& request = p_.requests[unit.request];
   const std::int64_t dim = p_.q.dim, stream_stride = (dim + 63) / 64 * 64;
@@ -469,32 +589,31 @@ void Attention::prepare_rows(const Unit& unit, std::int64_t row, std::int64_t ro
       for (std::int64_t i = 0; i < dim; ++i) dot += static_cast<double>(s.query_row[i]) * mean[i];
       s.bias[r] = static_cast<float>(dot * scale * p_.scale * kLog2e);
     }
-    s.m[r] = -kInfinity;
-    s.l[r] = 0.0f;
   }
-  std::memset(s.o, 0, static_cast<std::size_t>((stream ? kStreamRows : kTileRows) * columns_) * sizeof(float));
 
   if (!stream) {
     for (std::int64_t r = rows; r < kTileRows; ++r) {  // kernels take whole vectors of rows
-      s.factor[r] = s.bias[r] = s.l[r] = 0.0f;
-      s.m[r] = -kInfinity;
+      s.factor[r] = s.bias[r] = 0.0f;
       s.row_sums[r] = 0;
     }
     tile_.pack_queries({sources, rows, dim, source_type, nullptr}, formats_.qk, negate, s.queries, s.row_sums);
     return;
   }
-  const bool native_int8 = formats_.qk == Math::kInt8;
-  const std::int64_t padded = rows <= 2 ? rows : (rows + 3) / 4 * 4;
-  std::memset(s.queries, 0, static_cast<std::size_t>(padded * stream_stride) * (native_int8 ? 1 : 4));
+  const std::int64_t padded = stream_rows(rows);
+  std::memset(s.queries, 0, static_cast<std::size_t>(padded * stream_stride * 4));
   for (std::int64_t r = 0; r < padded; ++r) s.row_sums[r] = 0;
   for (std::int64_t r = 0; r < rows; ++r) {
-    if (native_int8) {
+    if (stream_qk_ == Math::kInt8) {
       std::int8_t* out = reinterpret_cast<std::int8_t*>(s.queries) + r * stream_stride;
       const auto* in = reinterpret_cast<const std::int8_t*>(sources[r]);
       for (std::int64_t i = 0; i < dim; ++i) {
         out[i] = static_cast<std::int8_t>(negate ? -in[i] : in[i]);
         s.row_sums[r] += out[i];
       }
+    } else if (stream_qk_ == Math::kBFloat16) {
+      std::uint16_t* out = reinterpret_cast<std::uint16_t*>(s.queries) + r * stream_stride;
+      std::memcpy(out, sources[r], static_cast<std::size_t>(dim) * 2);
+      for (std::int64_t i = 0; negate && i < dim; ++i) out[i] = static_cast<std::uint16_t>(out[i] ^ 0x8000u);
     } else {
       float* out = reinterpret_cast<float*>(s.queries) + r * stream_stride;
       tile_.read_row(sources[r], dim, source_type, out);
@@ -503,20 +622,39 @@ void Attention::prepare_rows(const Unit& unit, std::int64_t row, std::int64_t ro
   }
 }
 
-void Attention::run_item(const WorkItem& item, const PackGroup* group, const Partials* partials, Scratch& s) const {
-  const Unit& unit = plan_.units[static_cast<std::size_t>(item.unit)];
-  const std::int64_t row = item.row_tile * plan_.row_tile, rows = std::min(plan_.row_tile, unit.rows() - row);
+void Attention::run_item(const Item& item, const PackGroup* group, Scratch& s) const {
+  const auto first = static_cast<std::size_t>(item.work.unit);
+  const std::span units = std::span(plan_.units).subspan(first, static_cast<std::size_t>(item.units));
+  const Unit& unit = units.front();
+  const std::int64_t row = item.work.row_tile * plan_.row_tile, rows = std::min(plan_.row_tile, unit.rows() - row);
   const std::int64_t split = plan_.split_size(unit);
-  const std::int64_t k0 = item.split * split, k1 = std::min(unit.keys, k0 + split);
-  const bool stream = streams(unit);
-  prepare_rows(unit, row, rows, stream, s);
-  if (k0 < k1) {
-    if (stream) {
-      run_stream(unit, k0, k1, s);
-    } else {
-      run_tiles(unit, row, rows, k0, k1, group, s);
-    }
+  const std::int64_t k0 = item.work.split * split, k1 = std::min(unit.keys, k0 + split);
+  if (!streams(unit)) {
+    prepare_rows(unit, row, rows, false, s);
+    begin_rows(kTileRows, s);
+    s.prepared = {};
+    if (k0 < k1) run_tiles(unit, row, rows, k0, k1, group, s);
+    return finish_rows(unit, row, rows, item.work.split, item.partials, s);
   }
+  const std::int64_t stride = stream_rows(rows);
+  if (s.prepared.data() != units.data() || s.prepared.size() != units.size()) {  // often another split of the same
+    for (std::size_t i = 0; i < units.size(); ++i) {
+      Scratch part = rows_from(s, static_cast<std::int64_t>(i) * stride);
+      prepare_rows(units[i], 0, rows, true, part);
+    }
+    s.prepared = units;
+  }
+  begin_rows(static_cast<std::int64_t>(units.size()) * stride, s);
+  if (k0 < k1) run_stream(units, k0, k1, s);
+  for (std::size_t i = 0; i < units.size(); ++i) {
+    Scratch part = rows_from(s, static_cast<std::int64_t>(i) * stride);
+    finish_rows(units[i], 0, rows, item.work.split, item.partials == nullptr ? nullptr : item.partials + i, part);
+  }
+}
+
+// Writes the rows, or leaves them to be merged.
+void Attention::finish_rows(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t split,
+                            const Partials* partials, Scratch& s) const {
   // Values as they are, not as they are stored: o * scale + l * mean.
   const Place first = unit.keys > 0 ? place(unit, 0) : Place{0, 0};
   const float* mean = unit.keys > 0 ? p_.v.mean_of(first.page, unit.kv_head) : nullptr;
@@ -530,9 +668,9 @@ void Attention::run_item(const WorkItem& item, const PackGroup* group, const Par
     if (partials == nullptr) {
       write_row(unit, row + r, o, s.m[r], s.l[r]);
     } else {
-      std::memcpy(partials->o(item.split, row + r), o, static_cast<std::size_t>(columns_) * sizeof(float));
-      *partials->m(item.split, row + r) = s.m[r];
-      *partials->l(item.split, row + r) = s.l[r];
+      std::memcpy(partials->o(split, r), o, static_cast<std::size_t>(columns_) * sizeof(float));
+      *partials->m(split, r) = s.m[r];
+      *partials->l(split, r) = s.l[r];
     }
   }
 }
@@ -587,52 +725,102 @@ void Attention::run_tiles(const Unit& unit, std::int64_t row, std::int64_t rows,
   }
 }
 
-void Attention::run_stream(const Unit& unit, std::int64_t k0, std::int64_t k1, Scratch& s) const {
+void Attention::run_stream(std::span<const Unit> units, std::int64_t k0, std::int64_t k1, Scratch& s) const {
   static thread_local std::vector<Tile> tiles;
+  static thread_local std::vector<KeyRun> runs;
+  runs.clear();
+  const Unit& unit = units.front();
   const Visibility seen(p_, unit.request, unit.q_head);
   tiles_of(unit, seen, unit.query, unit.query + unit.queries, k0, k1, tiles);
   const std::int64_t rows = unit.rows();
 
-  StreamTile tile;
-  tile.rows = rows;
-  if (formats_.qk == Math::kInt8) {
-    tile.int8_queries = reinterpret_cast<const std::int8_t*>(s.queries);
-  } else {
-    tile.queries = reinterpret_cast<const float*>(s.queries);
+  StreamTile heads[kStreamHeads];
+  for (std::size_t i = 0; i < units.size(); ++i) {
+    const Scratch part = rows_from(s, static_cast<std::int64_t>(i) * stream_rows(rows));
+    heads[i] = {.rows = rows,
+                .queries = part.queries,
+                .row_sums = part.row_sums,
+                .factor = part.factor,
+                .bias = p_.k.mean == nullptr ? nullptr : part.bias,
+                .softcap = static_cast<float>(p_.softcap) * kLog2e,
+                .o = part.o,
+                .columns = columns_,
+                .m = part.m,
+                .l = part.l,
+                .scores = part.scores,
+                .sums = part.sums,
+                .alpha = part.alpha,
+                .weight = part.weight};
   }
-  tile.row_sums = s.row_sums;
-  tile.factor = s.factor;
-  tile.bias = p_.k.mean == nullptr ? nullptr : s.bias;
-  tile.softcap = p_.softcap * kLog2e;
-  tile.o = s.o;
-  tile.columns = columns_;
-  tile.m = s.m;
-  tile.l = s.l;
 
+  // Small pages hold too few rows for the processor to fetch ahead by itself, and so do rows with gaps in between.
+  constexpr int kSegmentKeys = 16;
   StreamStep step;
+  step.key_head_stride = p_.k.head_stride;
+  step.value_head_stride = p_.v.head_stride;
   step.key_dtype = p_.k.dtype;
   step.value_dtype = p_.v.dtype;
   step.dim = p_.k.dim;
   step.dim_v = p_.v.dim;
+  step.qk = stream_qk_;
+  step.pv = stream_pv_;
 
-  // Runs the steps of the keys gathered so far.
+  // Steps of the keys gathered so far, and their segments, which end with a page, at a multiple of 4 (a few keys of a
+  // page may come with the next one). Scattered rows and small pages: by kSegmentKeys.
+  struct StepSegments {
+    int count = 0;
+    StreamSegment segments[kStreamKeys / kSegmentKeys];
+  };
+  StepSegments cut[kGatherKeys / kStreamKeys];
+  const bool scattered = unit.listed || (p_.page_size > 0 && p_.page_size < kSegmentKeys) ||
+                         p_.k.slot_stride != p_.k.dim * static_cast<std::int64_t>(size_of(p_.k.dtype));
+  const auto cut_segments = [&](std::int64_t first, int count) {
+    StepSegments& step_cut = cut[first / kStreamKeys];
+    step_cut.count = 0;
+    int start = 0;
+    const auto close = [&](int end) {
+      step_cut.segments[step_cut.count++] = {start, end - start};
+      start = end;
+    };
+    for (const KeyRun& run : runs) {
+      if (scattered) break;
+      const auto end = static_cast<int>(std::min<std::int64_t>(run.first + run.count - first, count)) / 4 * 4;
+      if (end - start >= kSegmentKeys) close(end);
+    }
+    while (scattered && count - start >= kSegmentKeys) close(start + kSegmentKeys);
+    if (start < count) close(count);
+  };
+
   std::int64_t gathered = 0;
   const auto flush = [&](const std::uint64_t* bits) {
     for (int i = 0; gathered > 0 && i < 4; ++i) {
       s.key_rows[gathered + i] = s.key_rows[gathered - 1];
       s.value_rows[gathered + i] = s.value_rows[gathered - 1];
     }
+    const auto keys_of = [&](std::int64_t first) {
+      return static_cast<int>(std::min<std::int64_t>(gathered - first, kStreamKeys));
+    };
+    for (std::int64_t first = 0; first < gathered; first += kStreamKeys) cut_segments(first, keys_of(first));
     for (std::int64_t first = 0; first < gathered; first += kStreamKeys) {
+      const StepSegments& step_cut = cut[first / kStreamKeys];
       step.keys = s.key_rows + first;
       step.values = s.value_rows + first;
-      step.readable = static_cast<int>(gathered - first);
-      step.count = std::min(step.readable, kStreamKeys);
-      step.key_scale = p_.k.partition > 0 ? s.key_scale + first : nullptr;
-      step.value_scale = p_.v.partition > 0 ? s.value_scale + first : nullptr;
+      step.count = keys_of(first);
+      step.segments = step_cut.segments;
+      step.num_segments = step_cut.count;
+      step.next = first + step.count < gathered ? (&step_cut)[1].segments[0].count : 0;
       step.bits = bits;
-      stream_.step(tile, step, s.scores);
+      for (std::size_t i = 0; i < units.size(); ++i) {
+        const auto at = static_cast<std::int64_t>(i) * kStreamKeys;
+        if (p_.k.partition > 0) copy_scales(p_.k, units[i].kv_head, runs, first, step.count, s.key_scale + at);
+        if (p_.v.partition > 0) copy_scales(p_.v, units[i].kv_head, runs, first, step.count, s.value_scale + at);
+      }
+      step.key_scale = p_.k.partition > 0 ? s.key_scale : nullptr;
+      step.value_scale = p_.v.partition > 0 ? s.value_scale : nullptr;
+      stream_.step(heads, static_cast<int>(units.size()), step);
     }
     gathered = 0;
+    runs.clear();
   };
 
   if (unit.queries == 1) {  // all rows see the same keys: only those are read
@@ -642,7 +830,7 @@ void Attention::run_stream(const Unit& unit, std::int64_t k0, std::int64_t k1, S
       std::uint64_t bits = visit.masked ? bits_of(unit, seen, unit.query, begin) : ~std::uint64_t{0};
       while (bits != 0) {  // runs of ones
         const int first = std::countr_zero(bits), run = std::countr_one(bits >> first);
-        gather(unit, begin + first, begin + first + run, gathered, s);
+        gather(unit, begin + first, begin + first + run, gathered, s, &runs);
         gathered += run;
         bits = first + run == 64 ? 0 : bits >> (first + run) << (first + run);
       }
@@ -655,7 +843,7 @@ void Attention::run_stream(const Unit& unit, std::int64_t k0, std::int64_t k1, S
     const bool masked = std::any_of(visits.begin(), visits.end(), [](const Tile& t) { return t.masked; });
     for (std::size_t t = 0; t < count; ++t) {
       const std::int64_t begin = visits[t].index * kTileKeys, end = std::min(begin + kTileKeys, unit.keys);
-      gather(unit, begin, end, gathered, s);
+      gather(unit, begin, end, gathered, s, &runs);
       gathered += end - begin;  // only the last tile of all is short
       for (std::int64_t r = 0; masked && r < rows; ++r) {
         s.bits[r * kStepTiles + static_cast<std::int64_t>(t)] =
@@ -694,7 +882,7 @@ void Attention::write_row(const Unit& unit, std::int64_t row, float* o, float m,
 }
 
 // Splits in order, whoever computed them.
-void Attention::merge_rows(const Unit& unit, const Partials& partials, std::int64_t row, float* o) const {
+void Attention::merge_rows(const Partials& partials, std::int64_t row, float* o) const {
   float m = -kInfinity;
   for (std::int64_t split = 0; split < partials.splits; ++split) m = std::max(m, *partials.m(split, row));
   float l = 0.0f;
@@ -707,7 +895,7 @@ void Attention::merge_rows(const Unit& unit, const Partials& partials, std::int6
     l += part_l * weight;
     for (std::int64_t c = 0; c < p_.v.dim; ++c) o[c] += part[c] * weight;
   }
-  write_row(unit, row, o, m, l);
+  write_row(plan_.units[static_cast<std::size_t>(partials.unit)], partials.first_row + row, o, m, l);
 }
 
 }  // namespace

@@ -28,8 +28,8 @@ Visibility::Visibility(const Problem& problem, std::int64_t request, std::int64_
     : q_len_(problem.requests[request].q_len),
       kv_len_(problem.requests[request].kv_len),
       offset_(kv_len_ - q_len_),
-      causal_(problem.causal),
-      window_(problem.window),
+      left_(problem.window.left.value_or(kFar)),
+      right_(std::min(problem.window.right.value_or(kFar), problem.causal ? 0 : kFar)),
       kind_(&problem.selection->kind()) {
   if (const auto* sel = std::get_if<select::BlockMask>(kind_)) {
     const TensorView& mask = sel->mask;
@@ -51,17 +51,18 @@ bool Visibility::shared_by_group(const Problem& problem) {
   return sel->mask.shape[sel->mask.rank - 3] != problem.num_q_heads;
 }
 
+bool Visibility::shared_by_all(const Problem& problem) {
+  const auto* sel = std::get_if<select::BlockMask>(&problem.selection->kind());
+  return sel == nullptr || sel->mask.rank < 3 || sel->mask.shape[sel->mask.rank - 3] == 1;
+}
+
 bool Visibility::block(std::int64_t i, std::int64_t j) const {
   return blocks_[i * block_row_stride_ + j * block_col_stride_];
 }
 
 Visibility::Span Visibility::allowed(std::int64_t query) const {
   const std::int64_t p = query + offset_;
-  Span s{0, kv_len_};
-  if (causal_) s.end = std::min(s.end, p + 1);
-  if (window_.left) s.begin = std::max(s.begin, p - *window_.left);
-  if (window_.right) s.end = std::min(s.end, p + *window_.right + 1);
-  return s;
+  return {std::max<std::int64_t>(0, p - left_), std::min(kv_len_, p + right_ + 1)};
 }
 
 Visibility::Span Visibility::selected(std::int64_t query) const {
@@ -186,7 +187,7 @@ bool token_lists_per_query(const Problem& problem) {
   const auto* sel = std::get_if<select::Tokens>(&problem.selection->kind());
   if (sel == nullptr) return false;
   if (sel->indices.rank == 4) return true;
-  return problem.packed && sel->indices.shape[0] != problem.batch();
+  return problem.packed && (sel->per_query || sel->indices.shape[0] != problem.batch());
 }
 
 std::span<const std::int32_t> token_list(const Problem& problem, std::int64_t request, std::int64_t query,
@@ -194,6 +195,7 @@ std::span<const std::int32_t> token_list(const Problem& problem, std::int64_t re
   const auto& sel = std::get<select::Tokens>(problem.selection->kind());
   const TensorView& indices = sel.indices;
   const bool per_query = token_lists_per_query(problem);
+  if (indices.shape[indices.rank - 2] == 1) kv_head = 0;  // one list for all heads
   auto offset = [&](const TensorView& t) {
     if (!per_query) return index_at(t, request, kv_head);
     if (indices.rank == 3) return index_at(t, problem.requests[request].q_first + query, kv_head);

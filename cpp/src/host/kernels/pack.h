@@ -62,6 +62,16 @@ inline void row_as_words(const RowSource& source, std::int64_t index, Math math,
     std::uint16_t* x = static_cast<std::uint16_t*>(out);
     if (source.dtype == DType::kBFloat16) {
       std::memcpy(x, row, static_cast<std::size_t>(dim) * 2);
+#if HEDDLE_ISA_LEVEL >= 3
+    } else if (source.dtype == DType::kInt8) {  // exact in bf16
+      const std::int64_t whole = dim / 16 * 16;
+      for (std::int64_t i = 0; i < whole; i += 16) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
+        const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + i), (__m256i)_mm512_cvtneps_pbh(wide));
+      }
+      for (std::int64_t i = whole; i < dim; ++i) x[i] = float_to_bf16(load_element(row, i, DType::kInt8));
+#endif
     } else {  // int8 and fp8 values are exact in bf16
       row_as_floats(row, dim, source.dtype, scratch);
       for (std::int64_t i = 0; i < dim; ++i) x[i] = float_to_bf16(scratch[i]);
