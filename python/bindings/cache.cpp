@@ -8,6 +8,7 @@
 
 #include "arguments.h"
 #include "module.h"
+#include "sampling.h"
 #include "tensor.h"
 
 #include "core/check.h"
@@ -19,7 +20,8 @@ namespace {
 
 std::unique_ptr<SharedCache> make_cache(py::object num_pages, py::object page_size, py::object num_kv_heads,
                                         py::object head_dim, py::object head_dim_v, py::object format,
-                                        py::object device, py::object partition) {
+                                        py::object device, py::object partition, py::object feature_major,
+                                        py::object page_bounds) {
   CacheConfig config;
   config.num_pages = to_int(num_pages, "num_pages");
   config.page_size = to_int(page_size, "page_size");
@@ -32,6 +34,8 @@ std::unique_ptr<SharedCache> make_cache(py::object num_pages, py::object page_si
   config.format = cache_format_from_string(to_string_view(format, "format"));
   config.device = to_device(device);
   config.partition = to_int(partition, "partition");
+  config.feature_major = to_bool(feature_major, "feature_major");
+  config.page_bounds = to_bool(page_bounds, "page_bounds");
   return std::make_unique<SharedCache>(config);
 }
 
@@ -62,7 +66,8 @@ void calibrate(SharedCache& self, py::object k_, py::object v_, py::object q_) {
 
 py::object decode(py::object q_, py::object cache_, py::object block_table_, py::object seq_lens_, py::object causal,
                   py::object window, py::object softcap, py::object scale, py::object sinks_, py::object selection,
-                  py::object return_lse, py::object out_, py::object backend, py::object schedule) {
+                  py::object sampling, py::object return_lse, py::object return_reads, py::object out_,
+                  py::object backend, py::object schedule) {
   if (!py::isinstance<SharedCache>(cache_)) {
     check::fail(ErrorCode::kDType, "cache", check::text("got ", describe(cache_), "; allowed is heddle.KVCache"));
   }
@@ -82,6 +87,14 @@ py::object decode(py::object q_, py::object cache_, py::object block_table_, py:
   if (to_bool(return_lse, "return_lse")) {
     lse = empty(std::array{shape[0], shape[2], shape[1]}, DType::kFloat32, q);
   }
+  Array v_rows, k_features;
+  if (to_bool(return_reads, "return_reads")) {
+    if (sampling.is_none()) {
+      check::fail(ErrorCode::kValue, "return_reads", "True without sampling; allowed is False");
+    }
+    v_rows = empty(std::array{shape[0], config.num_kv_heads}, DType::kInt64, q);
+    k_features = empty(std::array{shape[0], config.num_kv_heads}, DType::kInt64, q);
+  }
   const DecodeParams params{.q = q.view,
                             .cache = &shared.cache,
                             .block_table = block_table.view,
@@ -94,6 +107,8 @@ py::object decode(py::object q_, py::object cache_, py::object block_table_, py:
                             .scale = to_optional_float(scale, "scale"),
                             .sinks = sinks.view,
                             .selection = to_selection(selection),
+                            .sampling = to_sampling(sampling),
+                            .reads = {.v_rows = v_rows.view, .k_features = k_features.view},
                             .backend = to_backend(backend),
                             .schedule = to_schedule(schedule),
                             .stream = current_stream(q)};
@@ -109,7 +124,10 @@ py::object decode(py::object q_, py::object cache_, py::object block_table_, py:
       heddle::decode(params);
     }
   }
-  return lse.given() ? py::object(py::make_tuple(out.object, lse.object)) : out.object;
+  if (!v_rows.given()) return lse.given() ? py::object(py::make_tuple(out.object, lse.object)) : out.object;
+  const py::tuple reads = py::make_tuple(v_rows.object, k_features.object);
+  if (lse.given()) return py::make_tuple(out.object, lse.object, reads);
+  return py::make_tuple(out.object, reads);
 }
 
 // A view of the storage as a numpy array, or None where the format has no such part.
@@ -140,6 +158,7 @@ std::string repr(const SharedCache& self) {
                      ", head_dim=", c.head_dim,
                      c.head_dim_v != c.head_dim ? check::text(", head_dim_v=", c.head_dim_v) : "", ", format='",
                      to_string(c.format), "'", c.partition > 1 ? check::text(", partition=", c.partition) : "",
+                     c.feature_major ? ", feature_major=True" : "", c.page_bounds ? ", page_bounds=True" : "",
                      ", device='", heddle::to_string(c.device), "')");
 }
 
@@ -148,7 +167,8 @@ std::string repr(const SharedCache& self) {
 void bind_cache(py::module_& m) {
   py::class_<SharedCache>(m, "KVCache", R"(A paged cache of keys and values.
 
-    KVCache(num_pages, page_size, num_kv_heads, head_dim, *, head_dim_v=None, format="bf16", device="cpu", partition=1)
+    KVCache(num_pages, page_size, num_kv_heads, head_dim, *, head_dim_v=None, format="bf16", device="cpu", partition=1,
+            feature_major=False, page_bounds=False)
 
 Pages of page_size tokens; token t of request b lies in page block_table[b, t // page_size], slot t % page_size. Requests
 may share pages. format is one of
@@ -159,11 +179,13 @@ may share pages. format is one of
     int8-b             K and V int8 per tensor, q int8 per token
     fp8                K and V FP8 E4M3 per tensor, q as given
 
-head_dim_v is the size of a value, head_dim unless given. `partition` must divide page_size. Calls from several threads
-are safe: appends run alone, decodes side by side.)")
+head_dim_v is the size of a value, head_dim unless given. `partition` must divide page_size. feature_major keeps the keys
+by feature too, which Bernoulli scores need (heddle.Sampling), and takes K's memory a second time. page_bounds keeps what
+heddle.select.pages ranks pages by. Calls from several threads are safe: appends run alone, decodes side by side.)")
       .def(py::init(&make_cache), py::arg("num_pages"), py::arg("page_size"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::kw_only(), py::arg("head_dim_v") = py::none(), py::arg("format") = "bf16",
-           py::arg("device") = "cpu", py::arg("partition") = 1)
+           py::arg("device") = "cpu", py::arg("partition") = 1, py::arg("feature_major") = false,
+           py::arg("page_bounds") = false)
       .def("append", &append, py::arg("k"), py::arg("v"), py::arg("block_table"), py::arg("start"), py::kw_only(),
            py::arg("cu_seqlens") = py::none(), R"(append(k, v, block_table, start, *, cu_seqlens=None) -> seq_lens
 
@@ -185,6 +207,10 @@ Values beyond a scale saturate and are counted. HeddleValueError once the cache 
       .def_property_readonly(
           "v", &storage<&KVCache::v>,
           "The values, [num_pages, Hkv, page_size, Dv]: a numpy array that shares the cache's memory.")
+      .def_property_readonly(
+          "k_by_feature", &storage<&KVCache::k_by_feature>,
+          "The keys by feature, [num_pages, Hkv, D, page_size], with feature_major, else None. Shares "
+          "the cache's memory.")
       .def_property_readonly("k_scale", &storage<&KVCache::k_scale>,
                              "Scales of K: float32 [num_pages, Hkv, page_size / partition] for int8-a, [1] for the "
                              "other quantized formats, None for the rest. Shares the cache's memory.")
@@ -195,11 +221,24 @@ Values beyond a scale saturate and are counted. HeddleValueError once the cache 
       .def_property_readonly("value_norms", &storage<&KVCache::value_norms>,
                              "The 2-norm of every value before quantization, float32 [num_pages, Hkv, page_size]. "
                              "Shares the cache's memory.")
+      .def_property_readonly(
+          "page_bounds", &storage<&KVCache::page_bounds>,
+          "The element-wise maximum and minimum of each page's keys, [num_pages, Hkv, 2, D] in the dtype "
+          "of k (int8-a: float32, scales applied), or None. Shares the cache's memory.")
+      .def_property_readonly(
+          "page_norms", &storage<&KVCache::page_norms>,
+          "The largest value norm of each page, float32 [num_pages, Hkv], or None. Shares the cache's "
+          "memory.")
+      .def_property_readonly(
+          "page_tokens", &storage<&KVCache::page_tokens>,
+          "How many of a page's first tokens its bounds stand for, int32 [num_pages], or None. Shares "
+          "the cache's memory.")
       .def_property_readonly("saturated", &current<&KVCache::saturated>, "How many values a static scale has clamped.")
       .def_property_readonly("kv_calibrated", &current<&KVCache::kv_calibrated>, "Whether K and V have their scales.")
       .def_property_readonly("q_calibrated", &current<&KVCache::q_calibrated>, "Whether q has its static scale.")
       .def_property_readonly("bytes_per_token", &current<&KVCache::bytes_per_token>,
-                             "Bytes of K, V, their scales and the value norms that a token takes, all heads.")
+                             "Bytes of K (twice with feature_major), V, their scales, the value norms and the page "
+                             "bounds that a token takes, all heads.")
       .def_property_readonly("nbytes", &current<&KVCache::nbytes>, "Bytes of the whole cache.")
       .def_property_readonly("num_pages", &config_number<&CacheConfig::num_pages>)
       .def_property_readonly("page_size", &config_number<&CacheConfig::page_size>, "Tokens of a page.")
@@ -207,6 +246,7 @@ Values beyond a scale saturate and are counted. HeddleValueError once the cache 
       .def_property_readonly("head_dim", &config_number<&CacheConfig::head_dim>)
       .def_property_readonly("head_dim_v", &config_number<&CacheConfig::head_dim_v>)
       .def_property_readonly("partition", &config_number<&CacheConfig::partition>)
+      .def_property_readonly("feature_major", [](const SharedCache& self) { return self.cache.config().feature_major; })
       .def_property_readonly("format", &format_of)
       .def_property_readonly("device",
                              [](const SharedCache& self) { return heddle::to_string(self.cache.config().device); })

@@ -41,10 +41,13 @@ PYBIND11_MODULE(_core, m) {
   m.attr("__version__") = HEDDLE_VERSION_STRING;
   bind_backend(m);
   bind_select(m);
+  bind_selectors(m);
   bind_quantize(m);
   bind_attention(m);
+  bind_sampling(m);
   bind_cache(m);
   bind_advise(m);
+  bind_trace(m);
 }
 
 }  // namespace heddle::python

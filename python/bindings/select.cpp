@@ -41,6 +41,31 @@ std::string describe_selection(const Selection& selection) {
       selection.kind());
 }
 
+// A read-only view of one of the selection's arrays, or None where it has none.
+template <class K, auto Member>
+py::object storage(const py::object& self) {
+  const auto* kind = std::get_if<K>(&self.cast<const Selection&>().kind());
+  if (kind == nullptr || !(kind->*Member).given()) return py::none();
+  const TensorView& view = kind->*Member;
+  check::device("selection", view, {}, "what numpy reads");
+  const py::array result = numpy_view(view, self);
+  result.attr("setflags")(py::arg("write") = false);
+  return result;
+}
+
+py::object block(const Selection& self) {
+  const auto* mask = std::get_if<select::BlockMask>(&self.kind());
+  return mask == nullptr ? py::object(py::none()) : py::make_tuple(mask->block_q, mask->block_k);
+}
+
+double density(const Selection& self) {
+  if (self.density() != self.density()) {
+    check::fail(ErrorCode::kValue, "selection",
+                check::text(describe_selection(self), " was not made for a call; allowed are those that were"));
+  }
+  return self.density();
+}
+
 Selection block_mask(py::object mask, py::object block) {
   const Array array_of_mask = array(mask, "mask");
   std::int64_t sides[2];
@@ -71,6 +96,19 @@ void bind_select(py::module_& m) {
 
 Made by the functions of heddle.select; the argument `selection` of heddle.attention and heddle.decode. Its arrays are
 read where they lie at every call, and kept alive.)")
+      .def_property_readonly(
+          "indices", &storage<select::Tokens, &select::Tokens::indices>,
+          "The token lists, int32 [B, Hkv, n] or [B, Sq, Hkv, n] (packed: [total_q, Hkv, n]), ascending, "
+          "padded with -1: a read-only numpy array that shares the selection's memory, or None.")
+      .def_property_readonly("lengths", &storage<select::Tokens, &select::Tokens::lengths>,
+                             "How many entries of each list count, or None.")
+      .def_property_readonly("mask", &storage<select::BlockMask, &select::BlockMask::mask>,
+                             "The block mask, bool [nQ, nK], [H, nQ, nK] or [B, H, nQ, nK], or None.")
+      .def_property_readonly("block", &block, "(queries, keys) of a block of the mask, or None.")
+      .def("density", &density, R"(density() -> float
+
+The kept part of the (query, key) pairs that the call it was made for sees without it, over all heads. HeddleValueError if it
+was not made for a call.)")
       .def("__repr__", &describe_selection);
   m.def("select_window", [](py::object left, py::object right, py::object n_global) {
     return Selection::window(to_optional_int(left, "left"), to_optional_int(right, "right"),

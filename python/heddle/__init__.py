@@ -1,8 +1,9 @@
 """heddle: attention for long-context inference.
 
 Exact attention over contiguous, packed and paged keys and values (attention, decode), selections of keys
-(heddle.select), quantized keys and values (quantize, KVCache), and the merge of partial results (merge). Arrays in
-decide the kind of arrays out: numpy arrays, torch tensors, and anything that speaks DLPack, without copies.
+(heddle.select), values drawn at random (Sampling), quantized keys and values (quantize, KVCache), and the merge of
+partial results (merge). Arrays in decide the kind of arrays out: numpy arrays, torch tensors, and anything that speaks
+DLPack, without copies.
 """
 
 import os
@@ -12,6 +13,7 @@ from heddle._attention import attention, decode, merge
 from heddle._core import (
     KVCache,
     QuantizedTensor,
+    Sampling,
     Schedule,
     Selection,
     __version__,
@@ -46,6 +48,7 @@ __all__ = [
     "KVCache",
     "Machine",
     "QuantizedTensor",
+    "Sampling",
     "Schedule",
     "Selection",
     "__version__",

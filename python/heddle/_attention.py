@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from heddle import _core
-from heddle._core import KVCache, Schedule, Selection
+from heddle._core import KVCache, Sampling, Schedule, Selection
 from heddle._errors import HeddleValueError, refuse
 from heddle._quantize import quantize_operands
 
@@ -134,7 +134,9 @@ def decode(
     scale: float | None = None,
     sinks: Any = None,
     selection: Selection | None = None,
+    sampling: Sampling | None = None,
     return_lse: bool = False,
+    return_reads: bool = False,
     out: Any = None,
     backend: str | None = None,
     schedule: str | Schedule | None = None,
@@ -147,13 +149,16 @@ def decode(
         block_table: int32 [B, max_pages]: token t of request b lies in page block_table[b, t // page_size]. Entries
             beyond a request's length may be anything.
         seq_lens: int32 [B]: tokens of each request, the new ones included.
+        sampling: a heddle.Sampling: draw rows of V instead of reading all that selection, window and causality leave.
+        return_reads: with sampling: also return (v_rows, k_features), int64 [B, Hkv] each: the rows of V and the
+            elements of K that were read. What the queries of a KV head share counts once.
 
     The other arguments are those of attention(); positions are those of the request, so query i stands at
     seq_lens[b] - Sq + i.
 
     Returns:
-        out [B, Sq, Hq, Dv] of q's dtype, kind and device; with return_lse also lse, float32 [B, Hq, Sq]. A request of
-        length 0 gives 0 and lse -inf.
+        out [B, Sq, Hq, Dv] of q's dtype, kind and device; with return_lse also lse, float32 [B, Hq, Sq], exact unless
+        scores are Bernoulli's; with return_reads also the pair of counts. A request of length 0 gives 0 and lse -inf.
 
     Raises:
         HeddleValueError: shapes or numbers that do not fit, lengths beyond the table (code "capacity"), page ids
@@ -171,7 +176,9 @@ def decode(
         scale,
         sinks,
         selection,
+        sampling,
         return_lse,
+        return_reads,
         out,
         backend,
         schedule,

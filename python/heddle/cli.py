@@ -16,6 +16,11 @@ from heddle import _core
 COMMANDS = {
     "info": ("heddle.cli", "what this installation can do: backends, instruction sets, threads, build", None),
     "advise": ("heddle.advise", "memory and time of a model's attention, and what to try first", None),
+    "trace": (
+        "heddle.trace._command",
+        "which tokens a model selects as it decodes: recorded, analysed, replayed through a reserved cache",
+        "demo,trace",
+    ),
     "demo": ("heddle.demo", "a language model through heddle: dense, sparse and quantized side by side", "demo"),
 }
 

@@ -63,6 +63,7 @@ def table(tmp_path_factory):
     """(the record of a few lines of every kind, what was printed)."""
     folder = tmp_path_factory.mktemp("records")
     lines = r"prefill/.*/causal/d64/s64$|fp32/window.*/d64|decode/(fp32|int8-b)/.*/page64/(read|fp32)|memory/bf16"
+    lines += "|select/fp32|select/bf16/(oam|pages|dsa 8)|stem.*s1024$"
     printed = run("host.py", "--quick", "--seconds", "0.01", "--shrink", "16", "--filter", lines, "--into", folder)
     (path,) = folder.iterdir()
     assert f"recorded in {os.path.relpath(path)}" in printed
@@ -84,6 +85,11 @@ def test_record_of_the_table(table):
         "decode/fp32/1x2048/page64/read",
         "decode/int8-b/1x2048/page64/read",
         "decode/int8-b/1x2048/page64/fp32",
+        "select/fp32/exact top 128/1x8192",
+        "select/bf16/oam 64/1x2048/page64",
+        "select/bf16/pages 64/1x2048/page64",
+        "select/bf16/dsa 8x64 64/1x2048/page64",
+        "select/bf16/stem/d128/s1024",
         "memory/bf16/causal/h2/d128/s2048",
     ]
 

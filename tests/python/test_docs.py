@@ -45,6 +45,16 @@ def test_examples_of_the_python_page(capsys):
     assert "k shape k: axis 3 (head_dim) is 32; allowed is 64, as in q" in capsys.readouterr().out
 
 
+def test_example_of_the_trace_page(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(ROOT / "docs" / "trace.md", "python")
+    exec(compile(example, "trace.md", "exec"), {})
+    share, *rows = capsys.readouterr().out.splitlines()
+    assert 0 < float(share) < 1
+    assert len(rows) == 6
+
+
 def test_first_example_in_python(capsys):
     (example,) = blocks(README, "python")
     exec(compile(example, README.name, "exec"), {})
@@ -141,6 +151,28 @@ def token_lists(backend):
         attend(backend, selection=select.tokens(indices))
 
 
+def chosen_tokens(backend):
+    q, k, v = arrays()
+    index = (q[:, :, :3], k[:, :, 0], np.ones((2, 6, 3), np.float32))
+    for selection in (
+        *(select.topk(q, k, v, 3, metric) for metric in ("qk", "oam", "loo")),
+        select.pages(q, k, v, 4, page_size=2),
+        select.indexer(*index, 3),
+    ):
+        attend(backend, causal=True, selection=selection)
+
+
+def chosen_blocks(backend):
+    q, k, v = arrays()
+    for selection in (
+        select.stem(q, k, v, 2, block=2, stride=2, n_first=1, n_last=1),
+        select.block_topk(q, k, budget=2, block=2),
+        select.xattention(q, k, block=2, stride=2),
+        select.vertical_slash(q, k, vertical=1, slash=1, block=2),
+    ):
+        attend(backend, causal=True, selection=selection)
+
+
 def strided_views(backend):
     q, k, v = (np.ascontiguousarray(x.transpose(2, 0, 1, 3)).transpose(1, 2, 0, 3)[:, ::-1] for x in arrays())
     attend(backend, q, k, v)
@@ -188,6 +220,20 @@ def groups(backend):
         attend(backend, *arrays(q_heads=q_heads, kv_heads=kv_heads, dim_v=dim_v))
 
 
+def sampled(backend, format="fp32", **options):
+    q, k, v = arrays()
+    cache = heddle.KVCache(8, 4, 2, 8, format=format, feature_major=True)
+    pages = np.arange(8, dtype=np.int32).reshape(2, 4)
+    lengths = cache.append(k, v, pages, np.zeros(2, np.int32))
+    for method in ("iid", "stratified", "systematic", "systematic_tile"):
+        check(heddle.decode(q, cache, pages, lengths, sampling=heddle.Sampling(method, 4, **options), backend=backend))
+
+
+def bernoulli(backend):
+    for queries in (4, ("stratified", 4)):
+        sampled(backend, "int8-a", bernoulli=queries)
+
+
 def merged(backend):
     parts = [heddle.attention(*arrays(), return_lse=True) for _ in range(2)]
     for part in heddle.merge([out for out, _ in parts], [lse for _, lse in parts], backend=backend):
@@ -207,6 +253,8 @@ ROWS: dict[str, Callable[[str], None]] = {
     "strided": lambda backend: attend(backend, selection=select.strided(2, 3)),
     "block mask: any block, per batch, KV head or query head": block_masks,
     "token list, per request or per query": token_lists,
+    "chosen at run time, tokens: by QK, OAM, leave-one-out, page bounds, DSA indexer": chosen_tokens,
+    "chosen at run time, blocks: by Stem, block top-k, XAttention, vertical-slash": chosen_blocks,
     "contiguous, any strides": strided_views,
     "packed (ragged) batch": packed,
     "float32, float16, bfloat16": floats,
@@ -218,6 +266,10 @@ ROWS: dict[str, Callable[[str], None]] = {
     "softcap, sinks, lse": softmax_options,
     "group sizes of any kind, Dv other than D": groups,
     "head dimensions above 576": lambda backend: attend(backend, *arrays(dim=600)),
+    "sampled values: iid, stratified, systematic, by tile; kept keys": lambda backend: sampled(
+        backend, n_sink=1, n_recent=1, n_top=1
+    ),
+    "Bernoulli scores": bernoulli,
     "merge of partial results": merged,
     "tile, static, stealing; split size": schedules,
 }

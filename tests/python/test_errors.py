@@ -162,9 +162,9 @@ ATTENTION = [
         "indices",
         VALUE,
         "shape",
-        "is 1",
+        "is 4",
         "2",
-        selection=heddle.select.tokens(np.zeros((2, 1, 1), np.int32)),
+        selection=heddle.select.tokens(np.zeros((2, 4, 1), np.int32)),
     ),
     case(
         "tokens for another batch",

@@ -420,6 +420,41 @@ def test_the_static_scales_cover_the_whole_prompt(llama, ids):
     assert cache.saturated == 0
 
 
+def test_sampling_in_decode(llama, ids):
+    """Keeping every key exactly is dense attention; the prefill is dense in any case; draws change with the offset."""
+    llama.set_attn_implementation("heddle")
+
+    def steps(sampling, **cache_options):
+        cache = heddle.hf.HeddleCache(64, **cache_options)
+        with heddle.hf.options(sampling=sampling):
+            first = llama(ids[:, :30], past_key_values=cache).logits
+            return first, llama(ids[:, 30:31], past_key_values=cache).logits
+
+    prefill, dense = steps(None)
+    seen = []
+
+    def everything(layer, keys):
+        seen.append((layer, keys))
+        return heddle.Sampling("iid", 4, n_recent=keys)
+
+    for got, want in zip(steps(everything), (prefill, dense), strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5)
+    assert seen[-3:] == [(0, 31), (1, 31), (2, 31)]
+    first, drawn = steps(heddle.Sampling("systematic", 8))
+    torch.testing.assert_close(first, prefill)
+    assert not torch.allclose(drawn, dense, atol=1e-4)
+    assert not torch.equal(drawn, steps(heddle.Sampling("systematic", 8, offset=1))[1])
+    bernoulli = steps(heddle.Sampling("exact", 0, bernoulli=127), feature_major=True, format="int8-a")[1]
+    assert 0 < (bernoulli - dense).norm() / dense.norm() < 0.5
+
+    def with_options(**changes):
+        with heddle.hf.options(**changes):
+            llama(ids)
+
+    with pytest.raises(heddle.HeddleNotImplementedError, match=r"^sampling: .*HeddleCache"):
+        with_options(sampling=heddle.Sampling("iid", 4))
+
+
 def test_a_full_cache_is_refused_and_keeps_its_tokens(llama, ids):
     llama.set_attn_implementation("heddle")
     cache = heddle.hf.HeddleCache(38)

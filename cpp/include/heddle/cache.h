@@ -31,6 +31,8 @@ struct CacheConfig {
   std::int64_t head_dim_v = 0;  // 0: head_dim
   CacheFormat format = CacheFormat::kBf16;
   std::int64_t partition = 1;  // int8-a: tokens a K scale covers; divides page_size
+  bool feature_major = false;  // keep K by feature too, for Bernoulli scores (heddle/sampling.h): K's memory again
+  bool page_bounds = false;    // keep what select::pages() ranks pages by
   Device device{};
 };
 
@@ -50,10 +52,17 @@ class HEDDLE_API KVCache {
   // Views of the storage, valid as long as the cache lives; scales that the format lacks are not given.
   TensorView k() const noexcept;
   TensorView v() const noexcept;
-  TensorView k_scale() const noexcept;      // float32 [num_pages, Hkv, page_size / partition] (int8-a) or [1]
-  TensorView v_scale() const noexcept;      // float32 [1] for int8 and fp8; else not given
-  TensorView q_scale() const noexcept;      // float32 [1] for int8-baseline; else not given
-  TensorView value_norms() const noexcept;  // float32 [num_pages, Hkv, page_size]: |v|_2 as it was before quantization
+  TensorView k_by_feature() const noexcept;  // [num_pages, Hkv, D, page_size] with feature_major; else not given
+  TensorView k_scale() const noexcept;       // float32 [num_pages, Hkv, page_size / partition] (int8-a) or [1]
+  TensorView v_scale() const noexcept;       // float32 [1] for int8 and fp8; else not given
+  TensorView q_scale() const noexcept;       // float32 [1] for int8-baseline; else not given
+  TensorView value_norms() const noexcept;   // float32 [num_pages, Hkv, page_size]: |v|_2 as it was before quantization
+  // With page_bounds, else not given. Of the first page_tokens [num_pages] (int32) tokens of each page: the
+  // element-wise maximum and minimum of the stored keys, [num_pages, Hkv, 2, D] in the dtype of k (float32 with scales
+  // in int8-a), and the largest value norm, float32 [num_pages, Hkv].
+  TensorView page_bounds() const noexcept;
+  TensorView page_norms() const noexcept;
+  TensorView page_tokens() const noexcept;
 
   // Sets the static per-tensor scales from sample data (k, v, q: float [B, S, H, D] or [total, H, D]). Never called,
   // the first append calibrates K and V from its own tokens and the first decode Q. Calibrating a cache that holds
@@ -72,7 +81,7 @@ class HEDDLE_API KVCache {
               const TensorView& seq_lens, const TensorView& cu_seqlens = {});
 
   std::int64_t saturated() const noexcept;  // values clamped by a static scale since construction
-  double bytes_per_token() const noexcept;  // K, V, scales and value norms, all KV heads
+  double bytes_per_token() const noexcept;  // K (and by feature), V, scales, value norms and page bounds, all KV heads
   std::int64_t nbytes() const noexcept;
 
  private:

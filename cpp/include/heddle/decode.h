@@ -6,6 +6,7 @@
 #include "heddle/backend.h"
 #include "heddle/cache.h"
 #include "heddle/export.h"
+#include "heddle/sampling.h"
 #include "heddle/select.h"
 #include "heddle/tensor.h"
 
@@ -28,6 +29,9 @@ struct DecodeParams {
   std::optional<double> scale{};
   TensorView sinks{};  // optional, float32 [Hq]
   Selection selection{};
+  // Draw rows of V instead of reading all that the selection leaves; lse stays exact (with Bernoulli scores, theirs).
+  std::optional<Sampling> sampling{};
+  SampledReads reads{};  // optional outputs
 
   Backend backend = Backend::kAuto;
   Schedule schedule{};

@@ -8,5 +8,6 @@
 #include "heddle/decode.h"
 #include "heddle/error.h"
 #include "heddle/quantize.h"
+#include "heddle/sampling.h"
 #include "heddle/select.h"
 #include "heddle/tensor.h"

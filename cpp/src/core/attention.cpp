@@ -9,7 +9,11 @@
 
 #include "core/check.h"
 #include "core/dispatch.h"
+#include "core/front.h"
+#include "core/sampling.h"
+#include "core/threads.h"
 #include "heddle/decode.h"
+#include "select/visibility.h"
 
 namespace heddle {
 namespace {
@@ -247,6 +251,10 @@ void check_token_list(const std::int32_t* list, std::int64_t capacity, const std
   if (length == nullptr) {
     while (n > 0 && list[n - 1] == -1) --n;
   }
+  if (n == 0) return;
+  std::int32_t bad = list[0] < 0 || list[n - 1] >= kv_len ? 1 : 0;
+  for (std::int64_t i = 1; i < n; ++i) bad |= list[i] <= list[i - 1] ? 1 : 0;
+  if (bad == 0) return;
   std::int64_t previous = -1;
   for (std::int64_t i = 0; i < n; ++i) {
     if (list[i] < 0 || list[i] >= kv_len) {
@@ -263,14 +271,14 @@ void check_token_list(const std::int32_t* list, std::int64_t capacity, const std
   }
 }
 
-// indices [B, Hkv, n], [B, Sq, Hkv, n], or [total_q, Hkv, n] in a packed batch.
+// indices [B, Hkv, n], [B, Sq, Hkv, n], or [total_q, Hkv, n] in a packed batch; 1 in place of Hkv: for all heads.
 void check_tokens(const select::Tokens& selection, const Problem& problem, std::int64_t num_tokens) {
   const TensorView& indices = selection.indices;
   const TensorView& lengths = selection.lengths;
   check::index_array("indices", indices, problem.device, "q");
   check::rank("indices", indices, problem.packed ? std::initializer_list<int>{3} : std::initializer_list<int>{3, 4});
   const auto batch = static_cast<std::int64_t>(problem.requests.size());
-  const bool per_query = indices.rank == 4 || (problem.packed && indices.shape[0] != batch);
+  const bool per_query = token_lists_per_query(problem);
   const int head_axis = indices.rank - 2;
   if (indices.rank == 4) {
     check::axis("indices", indices, 0, "batch", batch, "the requests");
@@ -281,8 +289,10 @@ void check_tokens(const select::Tokens& selection, const Problem& problem, std::
   } else {
     check::axis("indices", indices, 0, "batch", batch, "the requests");
   }
-  check::axis("indices", indices, head_axis, "heads", problem.num_kv_heads, "the KV heads");
-  const std::int64_t capacity = indices.shape[head_axis + 1];
+  if (indices.shape[head_axis] != 1) {
+    check::axis("indices", indices, head_axis, "heads", problem.num_kv_heads, "the KV heads (or 1: all alike)");
+  }
+  const std::int64_t capacity = indices.shape[head_axis + 1], heads = indices.shape[head_axis];
   if (lengths.given()) {
     check::given("lengths", lengths);
     check::dtype("lengths", lengths, {DType::kInt32});
@@ -297,8 +307,9 @@ void check_tokens(const select::Tokens& selection, const Problem& problem, std::
   for (std::int64_t b = 0; b < batch; ++b) {
     const Request& request = problem.requests[b];
     const std::int64_t lists = per_query ? request.q_len : 1;
-    for (std::int64_t i = 0; i < lists; ++i) {
-      for (std::int64_t h = 0; h < problem.num_kv_heads; ++h) {
+    for_ranges(lists * heads, lists * heads * capacity, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t n = first; n < last; ++n) {
+        const std::int64_t i = n / heads, h = n % heads;
         const auto offset = [&](const TensorView& t) {
           if (indices.rank == 4) return b * t.strides[0] + i * t.strides[1] + h * t.strides[2];
           return (per_query ? request.q_first + i : b) * t.strides[0] + h * t.strides[1];
@@ -310,7 +321,7 @@ void check_tokens(const select::Tokens& selection, const Problem& problem, std::
         };
         check_token_list(indices.as<std::int32_t>() + offset(indices), capacity, length, request.kv_len, place);
       }
-    }
+    });
   }
 }
 
@@ -325,7 +336,7 @@ void check_selection(const Problem& problem, std::int64_t num_tokens) {
 
 }  // namespace
 
-void attention(const AttentionParams& params) {
+Problem problem_of(const AttentionParams& params, bool outputs) {
   const TensorView &q = params.q, &k = params.k, &v = params.v;
   Problem problem;
   problem.packed = params.cu_seqlens_q.given() || params.cu_seqlens_k.given();
@@ -359,7 +370,7 @@ void attention(const AttentionParams& params) {
   set_scales("q", "q_scales", q, params.q_scales, problem.q);
   set_scales("k", "k_scales", k, params.k_scales, problem.k);
   set_scales("v", "v_scales", v, params.v_scales, problem.v);
-  set_outputs(q, v.shape[dim], params.out, params.lse, params.backend, problem);
+  if (outputs) set_outputs(q, v.shape[dim], params.out, params.lse, params.backend, problem);
   set_options(params, problem);
 
   if (problem.packed) {
@@ -391,10 +402,15 @@ void attention(const AttentionParams& params) {
     }
   }
   check_selection(problem, problem.packed ? q.shape[0] : q.shape[1]);
+  return problem;
+}
+
+void attention(const AttentionParams& params) {
+  const Problem problem = problem_of(params);
   run(find_row(Operation::kAttention, params.backend, features_of(problem)), problem);
 }
 
-void decode(const DecodeParams& params) {
+Problem problem_of(const DecodeParams& params, bool outputs) {
   const TensorView &q = params.q, &table = params.block_table, &seq_lens = params.seq_lens;
   if (params.cache == nullptr) check::fail(ErrorCode::kValue, "cache", "not given; a KVCache is needed");
   KVCache& cache = *params.cache;
@@ -429,7 +445,7 @@ void decode(const DecodeParams& params) {
     }
   }
   problem.v.scale = cache.v_scale().as<const float>();
-  set_outputs(q, problem.v.dim, params.out, params.lse, params.backend, problem);
+  if (outputs) set_outputs(q, problem.v.dim, params.out, params.lse, params.backend, problem);
   set_options(params, problem);
 
   check::index_array("block_table", table, q.device, "q");
@@ -464,11 +480,23 @@ void decode(const DecodeParams& params) {
 
   problem.quantize_q = config.format == CacheFormat::kInt8Baseline || config.format == CacheFormat::kInt8A ||
                        config.format == CacheFormat::kInt8B;
-  const Row& row = find_row(Operation::kDecode, params.backend, features_of(problem));
-  if (config.format == CacheFormat::kInt8Baseline && q.numel() > 0) {
-    if (!cache.q_calibrated()) cache.calibrate_q(q);
-    problem.q_static_scale = *cache.q_scale().as<const float>();
-  }
+  return problem;
+}
+
+void set_query_scale(const DecodeParams& params, Problem& problem) {
+  KVCache& cache = *params.cache;
+  if (!problem.quantize_q || cache.config().format != CacheFormat::kInt8Baseline || params.q.numel() == 0) return;
+  if (!cache.q_calibrated()) cache.calibrate_q(params.q);
+  problem.q_static_scale = *cache.q_scale().as<const float>();
+}
+
+void decode(const DecodeParams& params) {
+  Problem problem = problem_of(params);
+  set_sampling(params, problem);
+  if (problem.sampled.features != nullptr) problem.quantize_q = false;
+  const Operation operation = params.sampling ? Operation::kSampledDecode : Operation::kDecode;
+  const Row& row = find_row(operation, params.backend, features_of(problem));
+  set_query_scale(params, problem);
   run(row, problem);
 }
 

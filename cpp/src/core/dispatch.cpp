@@ -44,6 +44,9 @@ std::string_view name_of(Feature feature) {
     case Feature::kValueMean: return "smoothed values";
     case Feature::kQueryMean: return "smoothed queries";
     case Feature::kQuantizedQueries: return "queries quantized on the way";
+    case Feature::kBernoulli: return "Bernoulli scores";
+    case Feature::kKeptKeys: return "sampling that keeps keys";
+    case Feature::kReadCounts: return "counts of what was read";
     case Feature::kCount: break;
   }
   return "unknown";
@@ -53,6 +56,7 @@ std::string_view name_of(Operation operation) {
   switch (operation) {
     case Operation::kAttention: return "attention";
     case Operation::kDecode: return "decode";
+    case Operation::kSampledDecode: return "sampled decode";
     case Operation::kMerge: return "merge";
   }
   return "unknown";
@@ -84,9 +88,11 @@ constexpr auto kRows = std::to_array<Row>({
 #endif
     {Operation::kAttention, Backend::kHost, kHostFeatures, always, host::attention},
     {Operation::kDecode, Backend::kHost, kHostFeatures, always, host::attention},
+    {Operation::kSampledDecode, Backend::kHost, kHostFeatures, always, host::sampled},
     {Operation::kMerge, Backend::kHost, kHostFeatures, always, host::merge},
     {Operation::kAttention, Backend::kReference, kReferenceFeatures, always, reference::attention},
     {Operation::kDecode, Backend::kReference, kReferenceFeatures, always, reference::attention},
+    {Operation::kSampledDecode, Backend::kReference, kReferenceFeatures, always, reference::sampled},
     {Operation::kMerge, Backend::kReference, kReferenceFeatures, always, reference::merge},
 });
 
@@ -168,6 +174,11 @@ Features features_of(const Problem& p) {
   f.set(Feature::kValueMean, p.v.mean != nullptr);
   f.set(Feature::kQueryMean, p.q.mean != nullptr);
   f.set(Feature::kQuantizedQueries, p.quantize_q);
+  if (const Sampling* s = p.sampled.options) {
+    f.set(Feature::kBernoulli, s->bernoulli > 0);
+    f.set(Feature::kKeptKeys, s->n_sink > 0 || s->n_recent > 0 || s->n_top > 0);
+    f.set(Feature::kReadCounts, p.sampled.reads.v_rows.given() || p.sampled.reads.k_features.given());
+  }
   return f;
 }
 

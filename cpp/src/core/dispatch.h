@@ -11,7 +11,7 @@
 
 namespace heddle {
 
-enum class Operation : std::uint8_t { kAttention, kDecode, kMerge };
+enum class Operation : std::uint8_t { kAttention, kDecode, kSampledDecode, kMerge };
 
 enum class Feature : std::uint8_t {
   kCpu,
@@ -42,6 +42,9 @@ enum class Feature : std::uint8_t {
   kValueMean,
   kQueryMean,
   kQuantizedQueries,
+  kBernoulli,
+  kKeptKeys,
+  kReadCounts,
   kCount,
 };
 

@@ -16,11 +16,13 @@ struct MergeProblem {
 
 namespace reference {
 void attention(const Problem& problem);  // contiguous, packed and paged alike
+void sampled(const Problem& problem);
 void merge(const MergeProblem& problem);
 }  // namespace reference
 
 namespace host {
 void attention(const Problem& problem);
+void sampled(const Problem& problem);
 void merge(const MergeProblem& problem);
 }  // namespace host
 

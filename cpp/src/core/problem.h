@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "heddle/backend.h"
+#include "heddle/sampling.h"
 #include "heddle/select.h"
 #include "heddle/tensor.h"
 
@@ -61,6 +62,16 @@ struct DeviceBatch {
   const std::int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;
 };
 
+// Sampled attention: what to draw, and where its keys by feature and its counters lie.
+struct Sampled {
+  const Sampling* options = nullptr;  // null: not sampled
+  std::uint32_t offset = 0;           // on the CPU; on a device options->offset_at is still to be added
+  // Keys by feature: elements [page][head][feature][slot]; null unless Bernoulli scores are asked for.
+  const std::byte* features = nullptr;
+  std::int64_t feature_page_stride = 0, feature_head_stride = 0;  // bytes; features are page_size elements apart
+  SampledReads reads;                                             // each given or not
+};
+
 struct Problem {
   Rows q, k, v, out;
   // lse of (q_page, head, slot); null data: not wanted. float32, or float64 (reference only). Strides in elements.
@@ -83,6 +94,7 @@ struct Problem {
   // int8 caches: quantize each query row on the way (0: do not; with q_static_scale > 0: by that scale)
   bool quantize_q = false;
   float q_static_scale = 0.0f;
+  Sampled sampled;
 
   Schedule schedule;
   Device device;

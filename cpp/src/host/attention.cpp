@@ -60,6 +60,18 @@ Formats choose_formats(const Problem& problem, bool native_words) {
   return f;
 }
 
+// Row tiles that end where the blocks of a mask do see whole blocks, and need no masks of single elements.
+std::int64_t row_tile_of(const Problem& problem) {
+  const auto* mask = std::get_if<select::BlockMask>(&problem.selection->kind());
+  if (mask == nullptr || mask->block_q > kTileRows * kTileRows) return kTileRows;
+  const std::int64_t rows = mask->block_q * (Visibility::shared_by_group(problem) ? problem.group() : 1);
+  if (rows <= kTileRows) return kTileRows / rows * rows;
+  for (std::int64_t tile = kTileRows; 2 * tile > kTileRows; tile -= 32) {
+    if (rows % tile == 0) return tile;
+  }
+  return kTileRows;
+}
+
 // Keys and values of a KV head of a request, packed: tiles of 64 keys.
 struct PackGroup {
   std::int32_t unit = 0;  // any of its units
@@ -136,7 +148,7 @@ class Attention {
                    : problem.v.dtype == DType::kBFloat16 ? Math::kBFloat16
                    : problem.v.dtype == DType::kInt8     ? Math::kInt8
                                                          : Math::kFloat32),
-        plan_(make_plan(problem, kTileRows)),
+        plan_(make_plan(problem, row_tile_of(problem))),
         columns_(padded_columns(problem.v.dim)),
         words_(query_words(problem.q.dim, formats_.qk)),
         key_bytes_(key_tile_bytes(problem.q.dim, formats_.qk)),

@@ -64,6 +64,9 @@ struct StreamStep {
 };
 
 struct StreamKernels {
+  // Products of the queries with the keys of a step, as stored, into each tile's scores: no factor, scale or mask. What
+  // a key's product is does not depend on the other keys.
+  void (*scores)(const StreamTile* heads, int num_heads, const StreamStep& step) = nullptr;
   // The KV heads of a step together, so that memory is read in the order in which it lies.
   void (*step)(const StreamTile* heads, int num_heads, const StreamStep& step) = nullptr;
 };

@@ -26,6 +26,7 @@ class Workspace {
     }
     return data_;
   }
+  std::byte* data() const { return data_; }
   // Gives memory back beyond `keep` bytes.
   void trim(std::size_t keep) {
     if (size_ <= keep) return;

@@ -53,7 +53,7 @@ Selection Selection::block_mask(TensorView mask, std::int64_t block_q, std::int6
   return s;
 }
 
-Selection Selection::tokens(TensorView indices, TensorView lengths, std::shared_ptr<const void> owner) {
+Selection Selection::tokens(TensorView indices, TensorView lengths, std::shared_ptr<const void> owner, bool per_query) {
   if (indices.rank != 3 && indices.rank != 4) {
     throw Error(ErrorCode::kShape, "indices",
                 "got rank " + std::to_string(indices.rank) +
@@ -78,8 +78,14 @@ Selection Selection::tokens(TensorView indices, TensorView lengths, std::shared_
     }
   }
   Selection s;
-  s.kind_ = select::Tokens{indices, lengths};
+  s.kind_ = select::Tokens{indices, lengths, per_query};
   s.owner_ = std::move(owner);
+  return s;
+}
+
+Selection Selection::with_density(double density) const {
+  Selection s = *this;
+  s.density_ = density;
   return s;
 }
 

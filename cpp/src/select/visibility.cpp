@@ -187,7 +187,8 @@ bool token_lists_per_query(const Problem& problem) {
   const auto* sel = std::get_if<select::Tokens>(&problem.selection->kind());
   if (sel == nullptr) return false;
   if (sel->indices.rank == 4) return true;
-  return problem.packed && sel->indices.shape[0] != static_cast<std::int64_t>(problem.requests.size());
+  return problem.packed &&
+         (sel->per_query || sel->indices.shape[0] != static_cast<std::int64_t>(problem.requests.size()));
 }
 
 std::span<const std::int32_t> token_list(const Problem& problem, std::int64_t request, std::int64_t query,
@@ -195,6 +196,7 @@ std::span<const std::int32_t> token_list(const Problem& problem, std::int64_t re
   const auto& sel = std::get<select::Tokens>(problem.selection->kind());
   const TensorView& indices = sel.indices;
   const bool per_query = token_lists_per_query(problem);
+  if (indices.shape[indices.rank - 2] == 1) kv_head = 0;  // one list for all heads
   auto offset = [&](const TensorView& t) {
     if (!per_query) return index_at(t, request, kv_head);
     if (indices.rank == 3) return index_at(t, problem.requests[request].q_first + query, kv_head);

@@ -14,6 +14,7 @@
 #include "core/numeric.h"
 #include "core/threads.h"
 #include "host/quantize_kernels.h"
+#include "store/bounds.h"
 #include "store/rows.h"
 
 #if defined(__linux__)
@@ -97,6 +98,7 @@ struct Piece {
 // Slots that a piece claims for itself.
 struct Claim {
   std::int64_t page = 0, first = 0, last = 0, request = 0;
+  std::int64_t written = 0;  // the end of its new tokens; `last` may lie beyond it
   bool operator<(const Claim& other) const { return page != other.page ? page < other.page : first < other.first; }
 };
 
@@ -163,7 +165,7 @@ CacheFormat cache_format_from_string(std::string_view name) {
 struct KVCache::State {
   CacheConfig config;
   DType dtype = DType::kFloat32;
-  Buffer k, v, norms, k_scale, v_scale, q_scale;
+  Buffer k, v, k_features, norms, k_scale, v_scale, q_scale, bounds, page_norms, page_tokens;
   bool holds_tokens = false;
   std::int64_t saturated = 0;
   // Scratch of append, kept so that appending a token does not allocate.
@@ -178,17 +180,25 @@ struct KVCache::State {
     const std::int64_t slot_bytes = byte_count({c.num_pages, c.num_kv_heads, c.page_size, 4});
     k = Buffer(k_bytes);
     v = Buffer(v_bytes);
+    if (c.feature_major) k_features = Buffer(k_bytes);
     norms = Buffer(slot_bytes);
     if (is_quantized(dtype)) {
       k_scale = Buffer(partitioned() ? slot_bytes / c.partition : 4);
       v_scale = Buffer(4);
     }
     if (static_q()) q_scale = Buffer(4);
+    if (c.page_bounds) {
+      const auto bound = static_cast<std::int64_t>(size_of(bounds_dtype()));
+      bounds = Buffer(byte_count({c.num_pages, c.num_kv_heads, 2, c.head_dim, bound}));
+      page_norms = Buffer(byte_count({c.num_pages, c.num_kv_heads, 4}));
+      page_tokens = Buffer(byte_count({c.num_pages, 4}));
+    }
   }
 
   bool partitioned() const { return config.format == CacheFormat::kInt8A; }
   bool static_k() const { return is_quantized(dtype) && !partitioned(); }
   bool static_v() const { return is_quantized(dtype); }
+  DType bounds_dtype() const { return partitioned() ? DType::kFloat32 : dtype; }
   bool static_q() const { return config.format == CacheFormat::kInt8Baseline; }
 
   // A static scale of 0 has not been calibrated yet: its tokens so far, if any, were all zero, which reads the same
@@ -207,6 +217,9 @@ struct KVCache::State {
   std::int64_t write(const Piece& piece, const TokenRows& keys, const TokenRows& values, float k_static,
                      float v_static);
   std::int64_t write_partitions(const Piece& piece, std::int64_t head, const TokenRows& keys);
+  void transpose(const Piece& piece, std::int64_t head);
+  void update_bounds();
+  void update_bounds(std::int64_t page, std::int64_t first, std::int64_t last);
 };
 
 // Cuts the new tokens into pieces and checks that each has a place in the cache.
@@ -258,7 +271,11 @@ void KVCache::State::check_claims() {
   for (const Piece& piece : pieces) {
     const std::int64_t first = piece.slot / unit * unit;
     const std::int64_t last = std::max(first + unit, piece.slot + piece.count);
-    claims.push_back({.page = piece.page, .first = first, .last = last, .request = piece.request});
+    claims.push_back({.page = piece.page,
+                      .first = first,
+                      .last = last,
+                      .request = piece.request,
+                      .written = piece.slot + piece.count});
   }
   if (!std::is_sorted(claims.begin(), claims.end())) std::sort(claims.begin(), claims.end());
   for (std::size_t i = 1; i < claims.size(); ++i) {
@@ -305,6 +322,26 @@ std::int64_t KVCache::State::write_partitions(const Piece& piece, std::int64_t h
   return clamped;
 }
 
+// Copies the piece's keys, as they are stored, to where they lie by feature.
+void KVCache::State::transpose(const Piece& piece, std::int64_t head) {
+  const std::int64_t dim = config.head_dim, page_size = config.page_size;
+  // A partition that has grown is another one now, the tokens it held before included.
+  const std::int64_t first = partitioned() ? piece.slot / config.partition * config.partition : piece.slot;
+  const auto copy = [&](auto element) {
+    using T = decltype(element);
+    const T* from = k.as<T>() + row(piece.page, head, 0) * dim;
+    T* to = k_features.as<T>() + row(piece.page, head, 0) * dim;
+    for (std::int64_t d = 0; d < dim; ++d) {
+      for (std::int64_t s = first; s < piece.slot + piece.count; ++s) to[d * page_size + s] = from[s * dim + d];
+    }
+  };
+  switch (size_of(dtype)) {
+    case 4: return copy(std::uint32_t{});
+    case 2: return copy(std::uint16_t{});
+    default: return copy(std::uint8_t{});
+  }
+}
+
 std::int64_t KVCache::State::write(const Piece& piece, const TokenRows& keys, const TokenRows& values, float k_static,
                                    float v_static) {
   const auto& kernels = host::quantize_kernels();
@@ -330,8 +367,55 @@ std::int64_t KVCache::State::write(const Piece& piece, const TokenRows& keys, co
       const double squares = kernels.sum_squares(value, values.dtype, config.head_dim_v);
       norms.as<float>()[to] = static_cast<float>(std::sqrt(squares));
     }
+    if (config.feature_major) transpose(piece, head);
   }
   return clamped;
+}
+
+// Bounds of the pages that were written, from what they hold now. Claims are sorted by page.
+void KVCache::State::update_bounds() {
+  std::vector<std::size_t> starts;
+  for (std::size_t i = 0; i < claims.size(); ++i) {
+    if (i == 0 || claims[i].page != claims[i - 1].page) starts.push_back(i);
+  }
+  const auto num_pages = static_cast<std::int64_t>(starts.size());
+  const std::int64_t elements = num_pages * config.page_size * config.num_kv_heads * config.head_dim;
+  for_ranges(num_pages, elements, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t n = begin; n < end; ++n) {
+      const std::size_t i = starts[static_cast<std::size_t>(n)];
+      const std::size_t next = n + 1 < num_pages ? starts[static_cast<std::size_t>(n) + 1] : claims.size();
+      std::int64_t last = 0;
+      for (std::size_t c = i; c < next; ++c) last = std::max(last, claims[c].written);
+      update_bounds(claims[i].page, claims[i].first, last);
+    }
+  });
+}
+
+// Tokens [first, last) of a page are new. What was there before them is looked at again only if the bounds do not stand
+// for just that, or may have been rounded again since.
+void KVCache::State::update_bounds(std::int64_t page, std::int64_t first, std::int64_t last) {
+  auto& covered = page_tokens.as<std::int32_t>()[page];
+  const bool extend = covered == first && first > 0 && config.partition == 1;
+  const std::int64_t from = extend ? first : 0, dim = config.head_dim;
+  const auto size = static_cast<std::int64_t>(size_of(dtype));
+  static thread_local store::BoundsRow high_low;
+  for (std::int64_t head = 0; head < config.num_kv_heads; ++head) {
+    std::byte* out = bounds.as<std::byte>() +
+                     (page * config.num_kv_heads + head) * 2 * dim * static_cast<std::int64_t>(size_of(bounds_dtype()));
+    float& norm = page_norms.as<float>()[page * config.num_kv_heads + head];
+    high_low.start(dim);
+    if (extend) high_low.load(out, bounds_dtype());
+    if (!extend) norm = 0.0f;
+    for (std::int64_t slot = from; slot < last; ++slot) {
+      const std::int64_t at = row(page, head, slot);
+      const float scale = partitioned() ? k_scale.as<float>()[at / config.partition] : 1.0f;
+      high_low.add(k.as<std::byte>() + at * dim * size, dtype, scale, nullptr);
+      const float x = norms.as<float>()[at];
+      norm = x > norm || x != x ? x : norm;
+    }
+    high_low.store(out, bounds_dtype());
+  }
+  covered = static_cast<std::int32_t>(last);
 }
 
 KVCache::KVCache(const CacheConfig& config) : state_(std::make_unique<State>(config)) {}
@@ -349,6 +433,13 @@ TensorView KVCache::k() const noexcept {
 TensorView KVCache::v() const noexcept {
   const CacheConfig& c = state_->config;
   return TensorView(state_->v.as<void>(), state_->dtype, {c.num_pages, c.num_kv_heads, c.page_size, c.head_dim_v});
+}
+
+TensorView KVCache::k_by_feature() const noexcept {
+  const CacheConfig& c = state_->config;
+  if (!c.feature_major) return {};
+  return TensorView(state_->k_features.as<void>(), state_->dtype,
+                    {c.num_pages, c.num_kv_heads, c.head_dim, c.page_size});
 }
 
 TensorView KVCache::k_scale() const noexcept {
@@ -372,6 +463,24 @@ TensorView KVCache::q_scale() const noexcept {
 TensorView KVCache::value_norms() const noexcept {
   const CacheConfig& c = state_->config;
   return TensorView(state_->norms.as<void>(), DType::kFloat32, {c.num_pages, c.num_kv_heads, c.page_size});
+}
+
+TensorView KVCache::page_bounds() const noexcept {
+  const CacheConfig& c = state_->config;
+  if (!c.page_bounds) return {};
+  return TensorView(state_->bounds.as<void>(), state_->bounds_dtype(), {c.num_pages, c.num_kv_heads, 2, c.head_dim});
+}
+
+TensorView KVCache::page_norms() const noexcept {
+  const CacheConfig& c = state_->config;
+  if (!c.page_bounds) return {};
+  return TensorView(state_->page_norms.as<void>(), DType::kFloat32, {c.num_pages, c.num_kv_heads});
+}
+
+TensorView KVCache::page_tokens() const noexcept {
+  const CacheConfig& c = state_->config;
+  if (!c.page_bounds) return {};
+  return TensorView(state_->page_tokens.as<void>(), DType::kInt32, {c.num_pages});
 }
 
 bool KVCache::kv_calibrated() const noexcept { return !state_->needs_k_scale() && !state_->needs_v_scale(); }
@@ -492,6 +601,7 @@ void KVCache::append(const TensorView& k, const TensorView& v, const TensorView&
     for (std::int64_t i = first; i < last; ++i) mine += s.write(s.pieces[i], keys, values, k_static, v_static);
     clamped.fetch_add(mine, std::memory_order_relaxed);
   });
+  if (c.page_bounds) s.update_bounds();
   s.saturated += clamped.load();
   s.holds_tokens = s.holds_tokens || tokens > 0;
 
@@ -506,14 +616,17 @@ std::int64_t KVCache::saturated() const noexcept { return state_->saturated; }
 
 double KVCache::bytes_per_token() const noexcept {
   const State& s = *state_;
-  const std::int64_t bytes = s.k.bytes() + s.v.bytes() + s.norms.bytes() + (s.partitioned() ? s.k_scale.bytes() : 0);
+  const std::int64_t bytes = s.k.bytes() + s.k_features.bytes() + s.v.bytes() + s.norms.bytes() +
+                             (s.partitioned() ? s.k_scale.bytes() : 0) + s.bounds.bytes() + s.page_norms.bytes() +
+                             s.page_tokens.bytes();
   return static_cast<double>(bytes) /
          (static_cast<double>(s.config.num_pages) * static_cast<double>(s.config.page_size));
 }
 
 std::int64_t KVCache::nbytes() const noexcept {
   const State& s = *state_;
-  return s.k.bytes() + s.v.bytes() + s.norms.bytes() + s.k_scale.bytes() + s.v_scale.bytes() + s.q_scale.bytes();
+  return s.k.bytes() + s.k_features.bytes() + s.v.bytes() + s.norms.bytes() + s.k_scale.bytes() + s.v_scale.bytes() +
+         s.q_scale.bytes() + s.bounds.bytes() + s.page_norms.bytes() + s.page_tokens.bytes();
 }
 
 }  // namespace heddle

@@ -17,6 +17,7 @@ from heddle.hf._cache import PagedStates, packed_attention
 from heddle.hf._mask import heddle_mask
 
 LayerSelection = Callable[[int, int], "heddle.Selection | None"]
+LayerSampling = Callable[[int, int], "heddle.Sampling | None"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,10 @@ class HeddleConfig:
         partition: tokens that share a scale, for kv_format "int8-a".
         smooth: K smoothing, with a kv_format.
         backend: as for heddle.attention.
+        sampling: draw values instead of reading them all: a heddle.Sampling, or a function of (layer_idx, number of
+            keys) that returns one or None; it should give each layer and length an offset of its own. It applies
+            wherever a HeddleCache is read, so not to the first prefill, and not without one. Requests of a padded batch
+            draw alike.
     """
 
     selection: heddle.Selection | LayerSelection | None = None
@@ -39,6 +44,7 @@ class HeddleConfig:
     partition: int = 1
     smooth: bool = False
     backend: str | None = None
+    sampling: heddle.Sampling | LayerSampling | None = None
 
 
 _overrides: ContextVar[dict[str, Any]] = ContextVar("heddle_hf_options", default={})  # noqa: B039 (never mutated)
@@ -69,6 +75,7 @@ def register(
     partition: int = 1,
     smooth: bool = False,
     backend: str | None = None,
+    sampling: heddle.Sampling | LayerSampling | None = None,
 ) -> None:
     """Makes heddle an attention implementation of transformers: `attn_implementation=name`.
 
@@ -79,7 +86,7 @@ def register(
     """
     if name == "eager" or not isinstance(AttentionInterface().get(name, HeddleAttention()), HeddleAttention):
         raise refuse(HeddleValueError, "value", "name", f"{name!r} is another implementation of attention")
-    config = HeddleConfig(selection, kv_format, partition, smooth, backend)
+    config = HeddleConfig(selection, kv_format, partition, smooth, backend, sampling)
     AttentionInterface.register(name, HeddleAttention(config))
     AttentionMaskInterface.register(name, heddle_mask)
 
@@ -150,7 +157,12 @@ class HeddleAttention:
             if isinstance(key, PagedStates):
                 raise _unsupported("attention_mask", "an element mask with a HeddleCache; a DynamicCache allows it")
         if isinstance(key, PagedStates):
-            return key.layer.attend(query, attention_mask, arguments, storage), None
+            sampling = config.sampling
+            if callable(sampling):
+                sampling = sampling(getattr(module, "layer_idx", 0), key.shape[2])
+            return key.layer.attend(query, attention_mask, arguments, storage, sampling), None
+        if config.sampling is not None:
+            raise _unsupported("sampling", "values are drawn from a HeddleCache alone")
         key, value = key.transpose(1, 2), value.transpose(1, 2)
         if attention_mask is not None:
             return packed_attention(query, key, value, attention_mask, **arguments, **storage), None

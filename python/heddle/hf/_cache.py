@@ -83,12 +83,13 @@ class HeddleCacheLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, max_length: int, format: str, page_size: int, partition: int) -> None:
+    def __init__(self, max_length: int, format: str, page_size: int, partition: int, feature_major: bool) -> None:
         super().__init__()
         self.max_length = max_length
         self.format = format
         self.page_size = page_size
         self.partition = partition
+        self.feature_major = feature_major
         self.reset()
 
     def reset(self) -> None:
@@ -111,6 +112,7 @@ class HeddleCacheLayer(CacheLayerMixin):
             format=self.format,
             device=str(key_states.device),
             partition=self.partition,
+            feature_major=self.feature_major,
         )
         self.block_table = torch.arange(batch * pages, dtype=torch.int32, device=key_states.device).view(batch, pages)
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=key_states.device)
@@ -135,12 +137,17 @@ class HeddleCacheLayer(CacheLayerMixin):
         return PagedStates(self, key_states, length), PagedStates(self, value_states, length)
 
     def attend(
-        self, q: torch.Tensor, valid: torch.Tensor | None, arguments: dict[str, Any], storage: dict[str, Any]
+        self,
+        q: torch.Tensor,
+        valid: torch.Tensor | None,
+        arguments: dict[str, Any],
+        storage: dict[str, Any],
+        sampling: heddle.Sampling | None = None,
     ) -> torch.Tensor:
         """Stores the tokens that update() took and returns the attention of q [B, Sq, Hq, D] over all tokens.
 
         valid: bool [B, tokens], or None if there is no padding. The first chunk reads its keys and values as they came,
-        quantized as `storage` says; later ones read the cache.
+        quantized as `storage` says; later ones read the cache, as `sampling` says.
         """
         if self.fresh is None:
             raise refuse(
@@ -175,6 +182,7 @@ class HeddleCacheLayer(CacheLayerMixin):
             if padded:
                 return packed_attention(q, k, v, valid, **arguments, **storage)
             return heddle.attention(q, k, v, **arguments, **storage)
+        arguments = {**arguments, "sampling": sampling}
         if padded:
             out = q.new_zeros(*q.shape[:3], v.shape[-1])
             for b, rows in enumerate(new_valid):
@@ -225,19 +233,30 @@ class HeddleCache(Cache):
         format: as for heddle.KVCache: "fp32", "bf16", "fp16", "int8-baseline", "int8-a", "int8-b" or "fp8".
         page_size: tokens of a page.
         partition: tokens that share a scale of K, for "int8-a"; divides page_size.
+        feature_major: keep the keys by feature too, for Bernoulli scores (heddle.Sampling).
 
     Greedy and sampled generation, chunked prefill, left- and right-padded batches and assisted generation work. Beam
     search and offloading raise HeddleNotImplementedError; more than max_length tokens HeddleValueError.
     """
 
-    def __init__(self, max_length: int, *, format: str = "fp32", page_size: int = 64, partition: int = 1) -> None:
+    def __init__(
+        self,
+        max_length: int,
+        *,
+        format: str = "fp32",
+        page_size: int = 64,
+        partition: int = 1,
+        feature_major: bool = False,
+    ) -> None:
         for name, number in (("max_length", max_length), ("page_size", page_size)):
             if not isinstance(number, int) or number < 1:
                 raise refuse(HeddleValueError, "value", name, f"{number!r}; allowed are integers of 1 and above")
         self.max_length = max_length
         self.format = format
         super().__init__(
-            layer_class_to_replicate=functools.partial(HeddleCacheLayer, max_length, format, page_size, partition)
+            layer_class_to_replicate=functools.partial(
+                HeddleCacheLayer, max_length, format, page_size, partition, feature_major
+            )
         )
 
     @property

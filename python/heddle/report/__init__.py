@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.resources
 from typing import Any
 
-import jinja2
-import markupsafe
-
 from heddle.report import _plots
 from heddle.report._format import busy_note, relative, scientific, signed
 
@@ -19,6 +16,10 @@ def render(results: dict[str, Any]) -> str:
 
     Style and plots are inside the page: it needs no other file and no network.
     """
+    # Imported here: what else draws in this style needs matplotlib alone.
+    import jinja2
+    import markupsafe
+
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"signed": signed, "scientific": scientific, "relative": relative}
     source = importlib.resources.files(__name__).joinpath("report.html.j2").read_text(encoding="utf-8")

@@ -26,7 +26,7 @@ _COLORS = {
     "fp8": "#c98a00",
 }
 _INK, _FAINT, _GRID = "#1b2230", "#667085", "#e4e7ec"
-_STYLE = {
+STYLE = {
     "font.size": 10.5,
     # Text stays text, in the page's own font.
     "svg.fonttype": "none",
@@ -56,7 +56,7 @@ def color(name: str) -> str:
 
 def _svg(name: str, width: float, height: float, draw: Callable[[Figure], None]) -> str:
     """The drawing as an <svg> element to put into a page. `name` keeps its ids apart from other plots'."""
-    with rc_context({**_STYLE, "svg.hashsalt": name}):
+    with rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
         out = io.StringIO()

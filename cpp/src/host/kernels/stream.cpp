@@ -72,7 +72,7 @@ HEDDLE_INLINE void fetch_line(const std::byte* p) { __builtin_prefetch(p, 0, kMa
 // loads behind it. By itself it only follows rows that it has begun.
 class Ahead {
  public:
-  Ahead(const StreamStep& step, int num_heads) : step_(step), num_heads_(num_heads) {
+  Ahead(const StreamStep& step, int num_heads, bool values) : step_(step), num_heads_(num_heads), values_(values) {
     begin_phase(kKeys);
     const std::int64_t row_bytes = step.dim * static_cast<std::int64_t>(size_of(step.key_dtype));
     skip(static_cast<int>(kBytesAhead / row_bytes) / 4 * 4);  // the step before has fetched them
@@ -135,8 +135,8 @@ class Ahead {
       if (++head_ < num_heads_) return begin_run();
       head_ = 0;
       if (phase_ != kNextKeys && ++segment_ < step_.num_segments) return begin_run();
-      if (phase_ == kKeys) return begin_phase(kValues);
-      if (phase_ == kValues && step_.next > 0) return begin_phase(kNextKeys);
+      if (phase_ == kKeys && values_) return begin_phase(kValues);
+      if (phase_ != kNextKeys && step_.next > 0) return begin_phase(kNextKeys);
       phase_ = kNothing;
     }
     --key_;  // the last row again
@@ -144,6 +144,7 @@ class Ahead {
 
   const StreamStep& step_;
   const int num_heads_;
+  const bool values_;
   Phase phase_ = kKeys;
   const std::byte* const* rows_ = nullptr;
   std::int64_t head_stride_ = 0, offset_ = 0;
@@ -684,34 +685,47 @@ void softmax(const StreamTile& tile, const StreamStep& step, int head) {
   for (std::int64_t r = tile.rows; r < stream_rows(tile.rows); ++r) tile.alpha[r] = tile.weight[r] = 1.0f;
 }
 
-void stream_step(const StreamTile* heads, int num_heads, const StreamStep& step) {
-  Ahead ahead(step, num_heads);
-  // Keys, then values, in the order in which they lie: segment by segment, and in each head by head.
-  const auto visit = [&](const std::byte* const* rows, std::int64_t head_stride, std::int64_t row_bytes,
-                         const std::byte* after, auto&& body) {
-    for (int s = 0; s < step.num_segments; ++s) {
-      const StreamSegment& segment = step.segments[s];
-      const std::byte* next = s + 1 < step.num_segments ? rows[step.segments[s + 1].first] : after;
-      for (int h = 0; h < num_heads; ++h) {
-        // The processor needs a while to follow a new place in memory: the next segment is begun meanwhile.
-        for (std::int64_t b = kBeginBytes * h / num_heads; next != nullptr && b < kBeginBytes * (h + 1) / num_heads;
-             b += 64) {
-          fetch_line(next + b);
-        }
-        body(Run{rows, h * head_stride, row_bytes, segment.first, segment.first + segment.count, step.count, nullptr},
-             h);
+// body(run, head) in the order in which rows lie: segment by segment, and in each head by head. `after` is read next.
+template <class Body>
+HEDDLE_INLINE void visit(const StreamStep& step, int num_heads, const std::byte* const* rows, std::int64_t head_stride,
+                         std::int64_t row_bytes, const std::byte* after, Body&& body) {
+  for (int s = 0; s < step.num_segments; ++s) {
+    const StreamSegment& segment = step.segments[s];
+    const std::byte* next = s + 1 < step.num_segments ? rows[step.segments[s + 1].first] : after;
+    for (int h = 0; h < num_heads; ++h) {
+      // The processor needs a while to follow a new place in memory: the next segment is begun meanwhile.
+      for (std::int64_t b = kBeginBytes * h / num_heads; next != nullptr && b < kBeginBytes * (h + 1) / num_heads;
+           b += 64) {
+        fetch_line(next + b);
       }
+      body(Run{rows, h * head_stride, row_bytes, segment.first, segment.first + segment.count, step.count, nullptr}, h);
     }
-  };
-  visit(step.keys, step.key_head_stride, step.dim * static_cast<std::int64_t>(size_of(step.key_dtype)), step.values[0],
-        [&](Run run, int h) {
+  }
+}
+
+HEDDLE_INLINE void visit_keys(const StreamTile* heads, int num_heads, const StreamStep& step, const std::byte* after,
+                              Ahead& ahead) {
+  visit(step, num_heads, step.keys, step.key_head_stride, step.dim * static_cast<std::int64_t>(size_of(step.key_dtype)),
+        after, [&](Run run, int h) {
           for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
             run.ahead = row == 0 ? &ahead : nullptr;
             scores_of<r>(run, heads[h], step, row);
           });
         });
+}
+
+void stream_scores(const StreamTile* heads, int num_heads, const StreamStep& step) {
+  Ahead ahead(step, num_heads, false);
+  visit_keys(heads, num_heads, step, step.next > 0 ? step.keys[step.count] : nullptr, ahead);
+}
+
+// Keys, then values.
+void stream_step(const StreamTile* heads, int num_heads, const StreamStep& step) {
+  Ahead ahead(step, num_heads, true);
+  visit_keys(heads, num_heads, step, step.values[0], ahead);
   bool done[kStreamHeads] = {};
-  visit(step.values, step.value_head_stride, step.dim_v * static_cast<std::int64_t>(size_of(step.value_dtype)),
+  visit(step, num_heads, step.values, step.value_head_stride,
+        step.dim_v * static_cast<std::int64_t>(size_of(step.value_dtype)),
         step.next > 0 ? step.keys[step.count] : nullptr, [&](Run run, int h) {
           if (run.first == 0) {
             done[h] = step.bits != nullptr && !values_finite(step, run.offset);
@@ -740,6 +754,6 @@ void stream_step(const StreamTile* heads, int num_heads, const StreamStep& step)
 }  // namespace
 
 extern const StreamKernels kStreamKernels;
-const StreamKernels kStreamKernels{.step = stream_step};
+const StreamKernels kStreamKernels{.scores = stream_scores, .step = stream_step};
 
 }  // namespace heddle::host::HEDDLE_ISA
