@@ -390,5 +390,27 @@ TEST(Advise, RefusesBadParameters) {
   });
 }
 
+// A stride of up to a tile leaves no tile of a prefill unread; a wide one leaves most. Decode reads just what it sees.
+TEST(Advise, StridedPrefillMultipliesWholeTiles) {
+  AdviseParams params{.num_q_heads = 8, .num_kv_heads = 8, .seq_len = 65536};
+  params.machine = {.bandwidth = 100e9, .fp32 = 1e12, .bf16 = 2e12};
+  const auto ratio = [&](std::int64_t stride, Phase phase) {
+    Pattern dense{.kind = Pattern::Kind::kFlash}, strided{.kind = Pattern::Kind::kStrided};
+    strided.strided = {.width = 1024, .stride = stride};
+    params.patterns = {strided};
+    double operations[2] = {};
+    for (const Cost& cost : advise(params).costs) {
+      if (cost.phase != phase || cost.format != CacheFormat::kBf16) continue;
+      if (cost.pattern.kind == dense.kind) operations[0] = cost.operations;
+      if (cost.pattern.kind == strided.kind) operations[1] = cost.operations;
+    }
+    return operations[1] / operations[0];
+  };
+  EXPECT_DOUBLE_EQ(ratio(16, Phase::kPrefill), 1.0);
+  EXPECT_DOUBLE_EQ(ratio(64, Phase::kPrefill), 1.0);
+  EXPECT_NEAR(ratio(640, Phase::kPrefill), 0.13, 0.01);
+  EXPECT_LT(ratio(64, Phase::kDecode), 0.04);
+}
+
 }  // namespace
 }  // namespace heddle
