@@ -276,15 +276,20 @@ ROWS: dict[str, Callable[[str], None]] = {
 
 # What the GPU has, which test_gpu.py and tests/cpp/test_cuda_fuzz.cpp run.
 SM90 = {
-    "all keys, causal": "decode",
-    "window": "decode",
-    "window + global tokens": "decode",
+    "all keys, causal": "yes",
+    "window": "yes",
+    "window + global tokens": "yes",
+    "strided": "prefill",
+    "block mask: any block, per batch, KV head or query head": "prefill",
     "token list, per request or per query": "decode, per request",
+    "contiguous, any strides": "prefill, strides of whole 16 bytes",
+    "packed (ragged) batch": "prefill",
+    "float32, float16, bfloat16": "float16, bfloat16",
     f"paged cache: {', '.join(FORMATS)}": "all but fp32; head dimensions 64, 96, 128, 192, 256",
-    "softcap, sinks, lse": "decode",
-    "group sizes of any kind, Dv other than D": "decode, Dv = D",
+    "softcap, sinks, lse": "yes",
+    "group sizes of any kind, Dv other than D": "any group; Dv other than D in prefill",
     "merge of partial results": "float32, float16, bfloat16",
-    "tile, static, stealing; split size": "decode",
+    "tile, static, stealing; split size": "yes; split size in decode",
 }
 
 

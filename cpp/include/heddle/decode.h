@@ -48,7 +48,7 @@ struct DecodeParams {
   Selection selection{};
   // Draw rows of V instead of reading all that the selection leaves; lse stays exact (with Bernoulli scores, theirs).
   std::optional<Sampling> sampling{};
-  SampledReads reads{};  // optional outputs
+  SampledReads reads{};              // optional outputs
   const DecodePlan* plan = nullptr;  // optional: of plan_decode() with this call's shapes, masks and lengths
 
   Backend backend = Backend::kAuto;
