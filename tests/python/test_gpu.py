@@ -76,6 +76,8 @@ def test_devices_do_not_mix(parts):
     assert (caught.value.argument, caught.value.code) == ("lses", "device")
     with pytest.raises(heddle.HeddleNotImplementedError, match="CUDA"):
         heddle.attention(*[outs[0].cuda()] * 3, backend="host")
+    with pytest.raises(heddle.HeddleNotImplementedError, match="cpu"):
+        heddle.select.topk(*[outs[0].cuda()] * 3, 4)
     with pytest.raises(heddle.HeddleTypeError):
         heddle.merge(outs.cuda(), np.zeros((3, 2, 4, 500), np.float32))
 

@@ -45,7 +45,7 @@ struct PrefillParams {
   int packed_heads = 1;  // query heads of a group that share a row tile: row r is query r / packed_heads of head r % ..
   const std::int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr, *seq_lens = nullptr, *block_table = nullptr;
   std::int64_t table_stride = 0;
-  int page_size = 0, num_pages = 0, box_keys = 0;  // paged: a copy brings box_keys keys
+  int page_size = 0, box_keys = 0;  // paged: a copy brings box_keys keys
 
   // p = exp2(scale_log2 (map(s) - max)), map(s) = s, map_factor s, or tanh(map_factor s)
   float scale_log2 = 1.0f, map_factor = 1.0f;

@@ -78,7 +78,9 @@ void set_maps(const AttentionArgs& args, const PrefillVariant& variant, PrefillP
                                   {args.num_q_heads / params.packed_heads, q.head * params.packed_heads, 1},
                                   {pages, q.page, 1}});
   const auto keys = [&](const char* name, const AttentionArgs::Rows& x, std::int64_t dim) {
-    return make_tensor_map(name, x.data, args.dtype,
+    // Without keys there may be no memory either, and no copy is made.
+    const void* data = x.data != nullptr ? x.data : args.q.data;
+    return make_tensor_map(name, data, args.dtype,
                            {{dim, 1, kChunk},
                             {paged ? args.page_size : args.kv_len, x.slot, paged ? params.box_keys : variant.keys},
                             {args.num_kv_heads, x.head, 1},
@@ -150,7 +152,6 @@ void launch_attention(const AttentionArgs& args) {
   params.block_table = args.block_table;
   params.table_stride = args.table_stride;
   params.page_size = static_cast<int>(args.page_size);
-  params.num_pages = static_cast<int>(args.num_pages);
   params.box_keys = static_cast<int>(std::gcd(args.page_size, std::int64_t{variant.keys}));
   params.pattern = args.pattern;
   set_scores(args, params);
