@@ -110,10 +110,23 @@ struct Scratch {
   std::uint64_t* bits;  // [kStepTiles][kTileRows], or [kStreamRows][kStepTiles]
   std::byte* keys;      // kStepTiles packed tiles
   std::byte* values;
-  float *key_scale, *value_scale;  // [kGatherKeys]
+  float *key_scale, *value_scale;  // [kTileKeys], or [kStreamHeads][kStreamKeys]
   float* tile_scale;               // [kStepTiles][64]: of tiles packed on the way
   const std::byte** key_rows;      // [kGatherKeys + 4]
   const std::byte** value_rows;
+  float *alpha, *weight, *sums;  // stream path, see StreamTile
+};
+
+// Consecutive keys in one page: slots [slot, slot + count), gathered to `first` and on.
+struct KeyRun {
+  std::int64_t first = 0, count = 0, page = 0, slot = 0;
+};
+
+// Work that one thread does at once: an item of the plan, or the same split of several stream units, whose keys lie
+// side by side.
+struct Item {
+  WorkItem work;
+  std::int32_t units = 1;  // from work.unit on
 };
 
 class Attention {
@@ -124,6 +137,12 @@ class Attention {
         stream_(stream_kernels()),
         quantize_(quantize_kernels()),
         formats_(choose_formats(problem, tile_.native_words)),
+        stream_qk_(formats_.qk != Math::kBFloat16 || problem.k.dtype == DType::kBFloat16 ? formats_.qk
+                                                                                         : Math::kFloat32),
+        stream_pv_(formats_.pv != Math::kBFloat16            ? Math::kFloat32
+                   : problem.v.dtype == DType::kBFloat16 ? Math::kBFloat16
+                   : problem.v.dtype == DType::kInt8     ? Math::kInt8
+                                                         : Math::kFloat32),
         plan_(make_plan(problem, row_tile_of(problem))),
         columns_(padded_columns(problem.v.dim)),
         words_(query_words(problem.q.dim, formats_.qk)),
@@ -145,13 +164,20 @@ class Attention {
     return {group.keys + t * key_bytes_, group.values + t * value_bytes_,
             group.key_scale == nullptr ? nullptr : group.key_scale + t * kTileKeys};
   }
-  void gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s) const;
+  std::vector<Item> make_items(std::span<const std::int32_t> units) const;
+  void gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s,
+              std::vector<KeyRun>* runs = nullptr) const;
+  void copy_scales(const Rows& rows, std::int64_t head, std::span<const KeyRun> runs, std::int64_t first,
+                   std::int64_t count, float* out) const;
   bool pack_tile(const Unit& unit, std::int64_t tile, const PackedTile& out, Scratch& s) const;
-  void run_item(const WorkItem& item, const PackGroup* group, const Partials* partials, Scratch& s) const;
+  void run_item(const Item& item, const PackGroup* group, std::span<const Partials> partials, Scratch& s) const;
+  void finish_rows(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t split, const Partials& partials,
+                   Scratch& s) const;
   void prepare_rows(const Unit& unit, std::int64_t row, std::int64_t rows, bool stream, Scratch& s) const;
   void run_tiles(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t k0, std::int64_t k1,
                  const PackGroup* group, Scratch& s) const;
-  void run_stream(const Unit& unit, std::int64_t k0, std::int64_t k1, Scratch& s) const;
+  void run_stream(std::span<const Unit> units, std::int64_t k0, std::int64_t k1, Scratch& s) const;
+  Scratch rows_from(const Scratch& s, std::int64_t row) const;
   void write_row(const Unit& unit, std::int64_t row, float* o, float m, float l) const;
   void merge_rows(const Unit& unit, const Partials& partials, std::int64_t row, float* o) const;
 
@@ -182,6 +208,7 @@ class Attention {
   const StreamKernels& stream_;
   const QuantizeKernels& quantize_;
   const Formats formats_;
+  const Math stream_qk_, stream_pv_;  // of the stream path, which multiplies values as they are stored
   const Plan plan_;
   const std::int64_t columns_, words_;
   const std::size_t key_bytes_, value_bytes_;
@@ -203,15 +230,30 @@ Scratch& Attention::scratch(Workspace& workspace, Scratch& s) const {
     s.bits = c.take<std::uint64_t>(kStepTiles * kTileRows);
     s.keys = c.take<std::byte>(kStepTiles * key_bytes_);
     s.values = c.take<std::byte>(kStepTiles * value_bytes_);
-    s.key_scale = c.take<float>(kGatherKeys);
-    s.value_scale = c.take<float>(kGatherKeys);
+    for (float** at : {&s.key_scale, &s.value_scale}) *at = c.take<float>(kStreamHeads * kStreamKeys);
     s.tile_scale = c.take<float>(kStepTiles * kTileKeys);
     s.key_rows = c.take<const std::byte*>(kGatherKeys + 4);
     s.value_rows = c.take<const std::byte*>(kGatherKeys + 4);
+    for (float** at : {&s.alpha, &s.weight}) *at = c.take<float>(kTileRows);
+    s.sums = c.take<float>(static_cast<std::size_t>(kTileRows * stream_dim(p_.v.dim)));
     return c.used();
   };
   carve(Carver(workspace.reserve(carve(Carver(nullptr)))));
   return s;
+}
+
+// The same scratch for rows from `row` on.
+Scratch Attention::rows_from(const Scratch& s, std::int64_t row) const {
+  Scratch part = s;
+  const std::int64_t dim = stream_dim(p_.q.dim);
+  part.queries += row * dim * 4;
+  part.query_int8 += row * dim;
+  for (float** at : {&part.factor, &part.bias, &part.m, &part.l, &part.alpha, &part.weight}) *at += row;
+  part.row_sums += row;
+  part.o += row * columns_;
+  part.scores += row * kStreamKeys;
+  part.sums += row * stream_dim(p_.v.dim);
+  return part;
 }
 
 // Units with more than one row tile read the same packed keys, as do all heads of a group.
@@ -276,6 +318,35 @@ void Attention::run() {
   flush();
 }
 
+// Stream units of one request whose keys lie side by side are taken together, as far as that leaves enough items for
+// the threads: who computes a head changes no bit of it.
+std::vector<Item> Attention::make_items(std::span<const std::int32_t> units) const {
+  constexpr std::int64_t kItemsPerThread = 4;
+  std::int64_t splits = 0;
+  for (const std::int32_t u : units) {
+    const Unit& unit = plan_.units[static_cast<std::size_t>(u)];
+    if (streams(unit)) splits += plan_.splits(unit);
+  }
+  const std::int64_t together = std::max<std::int64_t>(1, splits / (kItemsPerThread * num_threads()));
+
+  std::vector<Item> items;
+  for (std::size_t first = 0, last; first < units.size(); first = last) {
+    const Unit& unit = plan_.units[static_cast<std::size_t>(units[first])];
+    const auto follows = [&](const Unit& next) {
+      if (!streams(unit)) return !streams(next);
+      const std::int64_t most = std::min<std::int64_t>(kTileRows / stream_rows(unit.rows()), kStreamHeads);
+      return static_cast<std::int64_t>(last - first) < std::min(together, most) && streams(next) && !unit.listed &&
+             next.request == unit.request && Visibility::shared_by_all(p_);
+    };
+    for (last = first + 1; last < units.size(); ++last) {
+      if (!follows(plan_.units[static_cast<std::size_t>(units[last])])) break;
+    }
+    const std::vector<WorkItem> work = plan_.items(units.subspan(first, streams(unit) ? 1 : last - first));
+    for (const WorkItem& item : work) items.push_back({item, static_cast<std::int32_t>(streams(unit) ? last - first : 1)});
+  }
+  return items;
+}
+
 void Attention::run_chunk(std::vector<PackGroup>& groups, const std::vector<std::int32_t>& units) {
   // Which tiles to pack: what some row of some head visits.
   struct PackItem {
@@ -327,7 +398,7 @@ void Attention::run_chunk(std::vector<PackGroup>& groups, const std::vector<std:
     for (std::int64_t row = 0; row < part.rows; ++row) merges.push_back({u, row});
   }
 
-  std::vector<WorkItem> items = plan_.items(units);
+  std::vector<Item> items = make_items(units);
   const ScheduleKind kind = p_.schedule.kind;
   if (kind == ScheduleKind::kTile) std::reverse(items.begin(), items.end());
   const auto num_items = static_cast<std::int64_t>(items.size()), num_pack = static_cast<std::int64_t>(pack.size());
@@ -365,9 +436,8 @@ void Attention::run_chunk(std::vector<PackGroup>& groups, const std::vector<std:
         pack_tile(plan_.units[static_cast<std::size_t>(group->unit)], tile, packed_tile(*group, tile), s);
   });
   phase(num_items, kind == ScheduleKind::kStatic, [&](std::int64_t i, Scratch& s) {
-    const WorkItem& item = items[static_cast<std::size_t>(i)];
-    const Partials& part = partials[static_cast<std::size_t>(item.unit)];
-    run_item(item, group_of[static_cast<std::size_t>(item.unit)], part.splits > 1 ? &part : nullptr, s);
+    const Item& item = items[static_cast<std::size_t>(i)];
+    run_item(item, group_of[static_cast<std::size_t>(item.work.unit)], partials, s);
   });
   phase(static_cast<std::int64_t>(merges.size()), false, [&](std::int64_t i, Scratch& s) {
     const MergeItem& item = merges[static_cast<std::size_t>(i)];
@@ -407,41 +477,58 @@ std::uint64_t Attention::bits_of(const Unit& unit, const Visibility& seen, std::
   return first >= last ? 0 : (~std::uint64_t{0} >> (64 - (last - first))) << first;
 }
 
-// Where keys [begin, end) of the unit lie, into the scratch's arrays from `at` on; their scales too if they have their
-// own.
-void Attention::gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s) const {
-  const bool key_scales = p_.k.partition > 0, value_scales = p_.v.partition > 0;
+// Where keys [begin, end) of the unit lie, into the scratch's arrays from `at` on. Appends runs of consecutive slots.
+void Attention::gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s,
+                       std::vector<KeyRun>* runs) const {
   while (begin < end) {
-    // A run of keys whose rows are evenly spaced.
     const Place place = this->place(unit, begin);
-    std::int64_t run = end - begin;
+    std::int64_t count = end - begin;
     if (unit.listed) {
-      run = 1;
+      count = 1;
     } else if (p_.page_size > 0) {
-      run = std::min(run, p_.page_size - place.slot);
+      count = std::min(count, p_.page_size - place.slot);
     }
     const std::byte* key = p_.k.row(place.page, unit.kv_head, place.slot);
     const std::byte* value = p_.v.row(place.page, unit.kv_head, place.slot);
-    for (std::int64_t i = 0; i < run; ++i) {
+    for (std::int64_t i = 0; i < count; ++i) {
       s.key_rows[at + i] = key + i * p_.k.slot_stride;
       s.value_rows[at + i] = value + i * p_.v.slot_stride;
     }
-    for (std::int64_t i = 0; key_scales && i < run; ++i) {
-      s.key_scale[at + i] = p_.k.scale_of(place.page, unit.kv_head, place.slot + i);
+    if (runs != nullptr) {
+      KeyRun* last = runs->empty() ? nullptr : &runs->back();
+      if (last != nullptr && last->page == place.page && last->slot + last->count == place.slot) {
+        last->count += count;
+      } else {
+        runs->push_back({at, count, place.page, place.slot});
+      }
     }
-    for (std::int64_t i = 0; value_scales && i < run; ++i) {
-      s.value_scale[at + i] = p_.v.scale_of(place.page, unit.kv_head, place.slot + i);
+    begin += count;
+    at += count;
+  }
+}
+
+// The scales of gathered keys [first, first + count).
+void Attention::copy_scales(const Rows& rows, std::int64_t head, std::span<const KeyRun> runs, std::int64_t first,
+                            std::int64_t count, float* out) const {
+  for (const KeyRun& run : runs) {
+    const std::int64_t begin = std::max(run.first, first), end = std::min(run.first + run.count, first + count);
+    if (begin < end && rows.partition == 1 && rows.scale_group_stride == 1) {
+      const float* scales = rows.scale + run.page * rows.scale_page_stride + head * rows.scale_head_stride;
+      std::copy_n(scales + run.slot + begin - run.first, end - begin, out + begin - first);
+      continue;
     }
-    begin += run;
-    at += run;
+    for (std::int64_t i = begin; i < end; ++i) out[i - first] = rows.scale_of(run.page, head, run.slot + i - run.first);
   }
 }
 
 // Returns whether the values are finite.
 bool Attention::pack_tile(const Unit& unit, std::int64_t tile, const PackedTile& out, Scratch& s) const {
   const std::int64_t begin = tile * kTileKeys, count = std::min<std::int64_t>(kTileKeys, unit.keys - begin);
-  gather(unit, begin, begin + count, 0, s);
-  if (out.key_scale != nullptr) std::copy_n(s.key_scale, count, out.key_scale);
+  thread_local std::vector<KeyRun> runs;
+  runs.clear();
+  gather(unit, begin, begin + count, 0, s, &runs);
+  if (out.key_scale != nullptr) copy_scales(p_.k, unit.kv_head, runs, 0, count, out.key_scale);
+  if (p_.v.partition > 0) copy_scales(p_.v, unit.kv_head, runs, 0, count, s.value_scale);
   tile_.pack_keys({s.key_rows, count, p_.k.dim, p_.k.dtype, nullptr}, formats_.qk, out.keys);
   return tile_.pack_values({s.value_rows, count, p_.v.dim, p_.v.dtype, p_.v.partition > 0 ? s.value_scale : nullptr},
                            formats_.pv, out.values);
@@ -484,7 +571,7 @@ void Attention::prepare_rows(const Unit& unit, std::int64_t row, std::int64_t ro
     s.m[r] = -kInfinity;
     s.l[r] = 0.0f;
   }
-  std::memset(s.o, 0, static_cast<std::size_t>((stream ? kStreamRows : kTileRows) * columns_) * sizeof(float));
+  std::memset(s.o, 0, static_cast<std::size_t>((stream ? stream_rows(rows) : kTileRows) * columns_) * sizeof(float));
 
   if (!stream) {
     for (std::int64_t r = rows; r < kTileRows; ++r) {  // kernels take whole vectors of rows
@@ -495,18 +582,21 @@ void Attention::prepare_rows(const Unit& unit, std::int64_t row, std::int64_t ro
     tile_.pack_queries({sources, rows, dim, source_type, nullptr}, formats_.qk, negate, s.queries, s.row_sums);
     return;
   }
-  const bool native_int8 = formats_.qk == Math::kInt8;
-  const std::int64_t padded = rows <= 2 ? rows : (rows + 3) / 4 * 4;
-  std::memset(s.queries, 0, static_cast<std::size_t>(padded * stream_stride) * (native_int8 ? 1 : 4));
+  const std::int64_t padded = stream_rows(rows);
+  std::memset(s.queries, 0, static_cast<std::size_t>(padded * stream_stride * 4));
   for (std::int64_t r = 0; r < padded; ++r) s.row_sums[r] = 0;
   for (std::int64_t r = 0; r < rows; ++r) {
-    if (native_int8) {
+    if (stream_qk_ == Math::kInt8) {
       std::int8_t* out = reinterpret_cast<std::int8_t*>(s.queries) + r * stream_stride;
       const auto* in = reinterpret_cast<const std::int8_t*>(sources[r]);
       for (std::int64_t i = 0; i < dim; ++i) {
         out[i] = static_cast<std::int8_t>(negate ? -in[i] : in[i]);
         s.row_sums[r] += out[i];
       }
+    } else if (stream_qk_ == Math::kBFloat16) {
+      std::uint16_t* out = reinterpret_cast<std::uint16_t*>(s.queries) + r * stream_stride;
+      std::memcpy(out, sources[r], static_cast<std::size_t>(dim) * 2);
+      for (std::int64_t i = 0; negate && i < dim; ++i) out[i] = static_cast<std::uint16_t>(out[i] ^ 0x8000u);
     } else {
       float* out = reinterpret_cast<float*>(s.queries) + r * stream_stride;
       tile_.read_row(sources[r], dim, source_type, out);
@@ -515,20 +605,34 @@ void Attention::prepare_rows(const Unit& unit, std::int64_t row, std::int64_t ro
   }
 }
 
-void Attention::run_item(const WorkItem& item, const PackGroup* group, const Partials* partials, Scratch& s) const {
-  const Unit& unit = plan_.units[static_cast<std::size_t>(item.unit)];
-  const std::int64_t row = item.row_tile * plan_.row_tile, rows = std::min(plan_.row_tile, unit.rows() - row);
+void Attention::run_item(const Item& item, const PackGroup* group, std::span<const Partials> partials,
+                         Scratch& s) const {
+  const auto first = static_cast<std::size_t>(item.work.unit);
+  const std::span units = std::span(plan_.units).subspan(first, static_cast<std::size_t>(item.units));
+  const Unit& unit = units.front();
+  const std::int64_t row = item.work.row_tile * plan_.row_tile, rows = std::min(plan_.row_tile, unit.rows() - row);
   const std::int64_t split = plan_.split_size(unit);
-  const std::int64_t k0 = item.split * split, k1 = std::min(unit.keys, k0 + split);
-  const bool stream = streams(unit);
-  prepare_rows(unit, row, rows, stream, s);
-  if (k0 < k1) {
-    if (stream) {
-      run_stream(unit, k0, k1, s);
-    } else {
-      run_tiles(unit, row, rows, k0, k1, group, s);
-    }
+  const std::int64_t k0 = item.work.split * split, k1 = std::min(unit.keys, k0 + split);
+  if (!streams(unit)) {
+    prepare_rows(unit, row, rows, false, s);
+    if (k0 < k1) run_tiles(unit, row, rows, k0, k1, group, s);
+    return finish_rows(unit, row, rows, item.work.split, partials[first], s);
   }
+  const std::int64_t stride = stream_rows(rows);
+  for (std::size_t i = 0; i < units.size(); ++i) {
+    Scratch part = rows_from(s, static_cast<std::int64_t>(i) * stride);
+    prepare_rows(units[i], 0, rows, true, part);
+  }
+  if (k0 < k1) run_stream(units, k0, k1, s);
+  for (std::size_t i = 0; i < units.size(); ++i) {
+    Scratch part = rows_from(s, static_cast<std::int64_t>(i) * stride);
+    finish_rows(units[i], 0, rows, item.work.split, partials[first + i], part);
+  }
+}
+
+// Writes the rows, or leaves them to be merged.
+void Attention::finish_rows(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t split,
+                            const Partials& partials, Scratch& s) const {
   // Values as they are, not as they are stored: o * scale + l * mean.
   const Place first = unit.keys > 0 ? place(unit, 0) : Place{0, 0};
   const float* mean = unit.keys > 0 ? p_.v.mean_of(first.page, unit.kv_head) : nullptr;
@@ -539,12 +643,12 @@ void Attention::run_item(const WorkItem& item, const PackGroup* group, const Par
         o[c] = o[c] * value_factor_ + (mean == nullptr || s.l[r] == 0.0f ? 0.0f : s.l[r] * mean[c]);
       }
     }
-    if (partials == nullptr) {
+    if (partials.splits <= 1) {
       write_row(unit, row + r, o, s.m[r], s.l[r]);
     } else {
-      std::memcpy(partials->o(item.split, row + r), o, static_cast<std::size_t>(columns_) * sizeof(float));
-      *partials->m(item.split, row + r) = s.m[r];
-      *partials->l(item.split, row + r) = s.l[r];
+      std::memcpy(partials.o(split, row + r), o, static_cast<std::size_t>(columns_) * sizeof(float));
+      *partials.m(split, row + r) = s.m[r];
+      *partials.l(split, row + r) = s.l[r];
     }
   }
 }
@@ -599,52 +703,102 @@ void Attention::run_tiles(const Unit& unit, std::int64_t row, std::int64_t rows,
   }
 }
 
-void Attention::run_stream(const Unit& unit, std::int64_t k0, std::int64_t k1, Scratch& s) const {
+void Attention::run_stream(std::span<const Unit> units, std::int64_t k0, std::int64_t k1, Scratch& s) const {
   static thread_local std::vector<Tile> tiles;
+  static thread_local std::vector<KeyRun> runs;
+  runs.clear();
+  const Unit& unit = units.front();
   const Visibility seen(p_, unit.request, unit.q_head);
   tiles_of(unit, seen, unit.query, unit.query + unit.queries, k0, k1, tiles);
   const std::int64_t rows = unit.rows();
 
-  StreamTile tile;
-  tile.rows = rows;
-  if (formats_.qk == Math::kInt8) {
-    tile.int8_queries = reinterpret_cast<const std::int8_t*>(s.queries);
-  } else {
-    tile.queries = reinterpret_cast<const float*>(s.queries);
+  StreamTile heads[kStreamHeads];
+  for (std::size_t i = 0; i < units.size(); ++i) {
+    const Scratch part = rows_from(s, static_cast<std::int64_t>(i) * stream_rows(rows));
+    heads[i] = {.rows = rows,
+                .queries = part.queries,
+                .row_sums = part.row_sums,
+                .factor = part.factor,
+                .bias = p_.k.mean == nullptr ? nullptr : part.bias,
+                .softcap = static_cast<float>(p_.softcap) * kLog2e,
+                .o = part.o,
+                .columns = columns_,
+                .m = part.m,
+                .l = part.l,
+                .scores = part.scores,
+                .sums = part.sums,
+                .alpha = part.alpha,
+                .weight = part.weight};
   }
-  tile.row_sums = s.row_sums;
-  tile.factor = s.factor;
-  tile.bias = p_.k.mean == nullptr ? nullptr : s.bias;
-  tile.softcap = p_.softcap * kLog2e;
-  tile.o = s.o;
-  tile.columns = columns_;
-  tile.m = s.m;
-  tile.l = s.l;
 
+  // Small pages hold too few rows for the processor to fetch ahead by itself, and so do rows with gaps in between.
+  constexpr int kSegmentKeys = 16;
   StreamStep step;
+  step.key_head_stride = p_.k.head_stride;
+  step.value_head_stride = p_.v.head_stride;
   step.key_dtype = p_.k.dtype;
   step.value_dtype = p_.v.dtype;
   step.dim = p_.k.dim;
   step.dim_v = p_.v.dim;
+  step.qk = stream_qk_;
+  step.pv = stream_pv_;
 
-  // Runs the steps of the keys gathered so far.
+  // Steps of the keys gathered so far, and their segments, which end with a page, at a multiple of 4 (a few keys of a
+  // page may come with the next one). Scattered rows and small pages: by kSegmentKeys.
+  struct StepSegments {
+    int count = 0;
+    StreamSegment segments[kStreamKeys / kSegmentKeys];
+  };
+  StepSegments cut[kGatherKeys / kStreamKeys];
+  const bool scattered = unit.listed || (p_.page_size > 0 && p_.page_size < kSegmentKeys) ||
+                         p_.k.slot_stride != p_.k.dim * static_cast<std::int64_t>(size_of(p_.k.dtype));
+  const auto cut_segments = [&](std::int64_t first, int count) {
+    StepSegments& step_cut = cut[first / kStreamKeys];
+    step_cut.count = 0;
+    int start = 0;
+    const auto close = [&](int end) {
+      step_cut.segments[step_cut.count++] = {start, end - start};
+      start = end;
+    };
+    for (const KeyRun& run : runs) {
+      if (scattered) break;
+      const auto end = static_cast<int>(std::min<std::int64_t>(run.first + run.count - first, count)) / 4 * 4;
+      if (end - start >= kSegmentKeys) close(end);
+    }
+    while (scattered && count - start >= kSegmentKeys) close(start + kSegmentKeys);
+    if (start < count) close(count);
+  };
+
   std::int64_t gathered = 0;
   const auto flush = [&](const std::uint64_t* bits) {
     for (int i = 0; gathered > 0 && i < 4; ++i) {
       s.key_rows[gathered + i] = s.key_rows[gathered - 1];
       s.value_rows[gathered + i] = s.value_rows[gathered - 1];
     }
+    const auto keys_of = [&](std::int64_t first) {
+      return static_cast<int>(std::min<std::int64_t>(gathered - first, kStreamKeys));
+    };
+    for (std::int64_t first = 0; first < gathered; first += kStreamKeys) cut_segments(first, keys_of(first));
     for (std::int64_t first = 0; first < gathered; first += kStreamKeys) {
+      const StepSegments& step_cut = cut[first / kStreamKeys];
       step.keys = s.key_rows + first;
       step.values = s.value_rows + first;
-      step.readable = static_cast<int>(gathered - first);
-      step.count = std::min(step.readable, kStreamKeys);
-      step.key_scale = p_.k.partition > 0 ? s.key_scale + first : nullptr;
-      step.value_scale = p_.v.partition > 0 ? s.value_scale + first : nullptr;
+      step.count = keys_of(first);
+      step.segments = step_cut.segments;
+      step.num_segments = step_cut.count;
+      step.next = first + step.count < gathered ? (&step_cut)[1].segments[0].count : 0;
       step.bits = bits;
-      stream_.step(tile, step, s.scores);
+      for (std::size_t i = 0; i < units.size(); ++i) {
+        const auto at = static_cast<std::int64_t>(i) * kStreamKeys;
+        if (p_.k.partition > 0) copy_scales(p_.k, units[i].kv_head, runs, first, step.count, s.key_scale + at);
+        if (p_.v.partition > 0) copy_scales(p_.v, units[i].kv_head, runs, first, step.count, s.value_scale + at);
+      }
+      step.key_scale = p_.k.partition > 0 ? s.key_scale : nullptr;
+      step.value_scale = p_.v.partition > 0 ? s.value_scale : nullptr;
+      stream_.step(heads, static_cast<int>(units.size()), step);
     }
     gathered = 0;
+    runs.clear();
   };
 
   if (unit.queries == 1) {  // all rows see the same keys: only those are read
@@ -654,7 +808,7 @@ void Attention::run_stream(const Unit& unit, std::int64_t k0, std::int64_t k1, S
       std::uint64_t bits = visit.masked ? bits_of(unit, seen, unit.query, begin) : ~std::uint64_t{0};
       while (bits != 0) {  // runs of ones
         const int first = std::countr_zero(bits), run = std::countr_one(bits >> first);
-        gather(unit, begin + first, begin + first + run, gathered, s);
+        gather(unit, begin + first, begin + first + run, gathered, s, &runs);
         gathered += run;
         bits = first + run == 64 ? 0 : bits >> (first + run) << (first + run);
       }
@@ -667,7 +821,7 @@ void Attention::run_stream(const Unit& unit, std::int64_t k0, std::int64_t k1, S
     const bool masked = std::any_of(visits.begin(), visits.end(), [](const Tile& t) { return t.masked; });
     for (std::size_t t = 0; t < count; ++t) {
       const std::int64_t begin = visits[t].index * kTileKeys, end = std::min(begin + kTileKeys, unit.keys);
-      gather(unit, begin, end, gathered, s);
+      gather(unit, begin, end, gathered, s, &runs);
       gathered += end - begin;  // only the last tile of all is short
       for (std::int64_t r = 0; masked && r < rows; ++r) {
         s.bits[r * kStepTiles + static_cast<std::int64_t>(t)] =

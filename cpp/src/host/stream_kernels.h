@@ -10,42 +10,65 @@
 
 namespace heddle::host {
 
-inline constexpr int kStreamRows = 16;                      // query rows at most
+inline constexpr int kStreamRows = 16;                      // query rows of a KV head at most
 inline constexpr int kStreamKeys = kStepTiles * kTileKeys;  // keys a step takes at most
+inline constexpr int kStreamHeads = 64;                     // KV heads a step takes at most
 
-// Query rows are padded with zeros to a multiple of 64 elements, and in number to a multiple of 4 (1 and 2 stay).
+// Rows that the stream kernels read and write: 1 and 2 stay, more are padded with zeros to a multiple of 4.
+constexpr std::int64_t stream_rows(std::int64_t rows) { return rows <= 2 ? rows : (rows + 3) / 4 * 4; }
+// Elements of a query row, and of a row of sums: padded with zeros.
+constexpr std::int64_t stream_dim(std::int64_t dim) { return (dim + 63) / 64 * 64; }
+
+// The query rows of one KV head and the state of their online softmax. All arrays have stream_rows(rows) rows.
 struct StreamTile {
-  std::int64_t rows = 0;           // 1 .. kStreamRows
-  const float* queries = nullptr;  // [padded rows][dim padded to 64], or
-  const std::int8_t* int8_queries = nullptr;
+  std::int64_t rows = 0;                   // 1 .. kStreamRows
+  const void* queries = nullptr;           // [rows][stream_dim(dim)] of the step's qk
   const std::int32_t* row_sums = nullptr;  // int8: the sum of each query row
   const float* factor = nullptr;           // as in RowTile
   const float* bias = nullptr;
   float softcap = 0.0f;
-  float* o = nullptr;        // [kStreamRows][columns]
+  float* o = nullptr;        // [rows][columns]
   std::int64_t columns = 0;  // padded_columns(Dv)
   float* m = nullptr;
   float* l = nullptr;
+  // What a step keeps from segment to segment.
+  float* scores = nullptr;  // [rows][kStreamKeys]; then probabilities
+  float* sums = nullptr;    // [rows][stream_dim(Dv)]
+  float* alpha = nullptr;   // what o is multiplied by
+  float* weight = nullptr;  // int8 values: what their sum is multiplied by
+};
+
+// Keys of a step whose rows follow one another in memory, head by head: a page. `first` is a multiple of 4.
+struct StreamSegment {
+  int first = 0, count = 0;
 };
 
 struct StreamStep {
-  const std::byte* const* keys = nullptr;  // rounded up to 4 pointers: the last one is repeated past `count`
+  // Rows of the first KV head, rounded up to 4 pointers: the last one is repeated past `count`. Those of head h lie
+  // h times the head stride further.
+  const std::byte* const* keys = nullptr;
   const std::byte* const* values = nullptr;
-  int count = 0;     // keys of this step, at most kStreamKeys
-  int readable = 0;  // pointers from `keys` and `values` on that may be fetched ahead, count included
+  std::int64_t key_head_stride = 0, value_head_stride = 0;  // bytes
+  int count = 0;                                            // keys of this step, at most kStreamKeys
+  const StreamSegment* segments = nullptr;                  // which make up [0, count)
+  int num_segments = 0;
+  int next = 0;  // keys of the next step's first segment, whose pointers follow those of this one; 0: none
   DType key_dtype = DType::kFloat32, value_dtype = DType::kFloat32;
   std::int64_t dim = 0, dim_v = 0;
-  const float* key_scale = nullptr;    // [count rounded up to 64] or null
-  const float* value_scale = nullptr;  // [count] or null
-  // [rows * kStepTiles] visible keys by 64, row by row, or null: all of `count`
+  // The products' operands: qk is bf16 only for bf16 keys, pv bf16 or int8 only for values of that type.
+  Math qk = Math::kFloat32, pv = Math::kFloat32;
+  const float* key_scale = nullptr;    // [heads][kStreamKeys] or null
+  const float* value_scale = nullptr;  // [heads][kStreamKeys] or null
+  // [rows * kStepTiles] visible keys by 64, row by row, the same for all heads, or null: all of `count`
   const std::uint64_t* bits = nullptr;
 };
 
 struct StreamKernels {
-  // scores[row * kStreamKeys + key] = q . k, as stored: no factor, scale or mask. Whole numbers for int8 queries.
-  void (*scores)(const StreamTile& tile, const StreamStep& step, float* scores) = nullptr;
-  // scores: kStreamRows x kStreamKeys floats of scratch
-  void (*step)(const StreamTile& tile, const StreamStep& step, float* scores) = nullptr;
+  // head.scores = q . k of a step's keys as stored: no factor, scale or mask. One segment; the values are not looked
+  // at.
+  void (*scores)(const StreamTile& head, const StreamStep& step) = nullptr;
+  // The KV heads of a step together, so that memory is read in the order in which it lies.
+  void (*step)(const StreamTile* heads, int num_heads, const StreamStep& step) = nullptr;
 };
 
 const StreamKernels& stream_kernels();  // of the current ISA

@@ -9,7 +9,7 @@ namespace {
 
 // A request with few rows (decode) is cut along its keys so that one long request can use every worker. One with
 // several row tiles has enough parallel work without.
-constexpr std::int64_t kSplitKeys = 2048;
+constexpr std::int64_t kSplitKeys = 1024;
 
 }  // namespace
 

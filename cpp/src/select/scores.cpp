@@ -12,6 +12,15 @@ namespace {
 
 std::int64_t padded(std::int64_t dim) { return (dim + 63) / 64 * 64; }
 
+// What the stream kernels multiply natively, exactly.
+host::Math math_of(const Problem& p) {
+  if (!host::tile_kernels().native_words) return host::Math::kFloat32;
+  const bool integers = p.quantize_q || p.q.dtype == DType::kInt8;
+  if (integers && p.k.dtype == DType::kInt8) return host::Math::kInt8;
+  const bool halves = p.q.dtype == DType::kBFloat16 && p.k.dtype == DType::kBFloat16;
+  return halves ? host::Math::kBFloat16 : host::Math::kFloat32;
+}
+
 }  // namespace
 
 float query_scale(const Problem& p, const std::byte* row) {
@@ -23,11 +32,7 @@ float query_scale(const Problem& p, const std::byte* row) {
 }
 
 KeyScores::KeyScores(const Problem& problem)
-    : p_(problem),
-      group_(problem.group()),
-      stride_(padded(problem.q.dim)),
-      int8_((problem.quantize_q || problem.q.dtype == DType::kInt8) && problem.k.dtype == DType::kInt8 &&
-            host::tile_kernels().native_words) {
+    : p_(problem), group_(problem.group()), stride_(padded(problem.q.dim)), math_(math_of(problem)) {
   if (p_.k.scale != nullptr && p_.k.partition == 0) factor_ = p_.k.scale[0];
   const auto rows = static_cast<std::size_t>((group_ + 3) / 4 * 4);
   queries_.resize(rows * static_cast<std::size_t>(stride_) * 4);
@@ -67,7 +72,9 @@ void KeyScores::set_query(std::int64_t request, std::int64_t query, std::int64_t
     double bias = 0.0;
     for (std::int64_t i = 0; mean != nullptr && i < dim; ++i) bias += static_cast<double>(row_[i]) * mean[i];
     biases_[at] = static_cast<float>(bias * scale * p_.scale);
-    if (int8_) {
+    if (math_ == host::Math::kBFloat16) {
+      std::memcpy(queries_.data() + row * stride_ * 2, source, static_cast<std::size_t>(dim) * 2);
+    } else if (math_ == host::Math::kInt8) {
       std::byte* out = queries_.data() + row * stride_;
       std::memcpy(out, source, static_cast<std::size_t>(dim));
       for (std::int64_t i = 0; i < dim; ++i) row_sums_[at] += reinterpret_cast<const std::int8_t*>(out)[i];
@@ -94,11 +101,11 @@ void KeyScores::locate(std::int64_t first, int keys) {
 }
 
 host::RawScores KeyScores::multiply(std::int64_t row, int at, int keys) {
-  const std::int64_t bytes = int8_ ? 1 : 4;
+  const std::int64_t bytes = 4 / host::elements_per_word(math_);
   const QueryRows queries{.queries = queries_.data() + row * stride_ * bytes,
                           .rows = std::min<std::int64_t>(group_ - row, host::kStreamRows),
                           .stride = stride_,
-                          .int8 = int8_,
+                          .math = math_,
                           .row_sums = row_sums_.data() + row};
   const KeyRows rows{.rows = rows_.data() + at,
                      .count = std::min(keys - at, host::kStreamKeys),
@@ -116,17 +123,18 @@ host::RawScores KeyScores::multiply(std::int64_t row, int at, int keys) {
 }
 
 void raw_scores(const QueryRows& queries, const KeyRows& keys, float* out) {
-  host::StreamTile tile;
-  tile.rows = queries.rows;
-  if (queries.int8) {
-    tile.int8_queries = static_cast<const std::int8_t*>(queries.queries);
-  } else {
-    tile.queries = static_cast<const float*>(queries.queries);
-  }
-  tile.row_sums = queries.row_sums;
-  const host::StreamStep step{
-      .keys = keys.rows, .count = keys.count, .readable = keys.readable, .key_dtype = keys.dtype, .dim = keys.dim};
-  host::stream_kernels().scores(tile, step, out);
+  const host::StreamTile head{
+      .rows = queries.rows, .queries = queries.queries, .row_sums = queries.row_sums, .scores = out};
+  const host::StreamSegment whole{0, keys.count};
+  const host::StreamStep step{.keys = keys.rows,
+                              .count = keys.count,
+                              .segments = &whole,
+                              .num_segments = 1,
+                              .next = std::min(keys.readable - keys.count, host::kStreamKeys),
+                              .key_dtype = keys.dtype,
+                              .dim = keys.dim,
+                              .qk = queries.math};
+  host::stream_kernels().scores(head, step);
 }
 
 void read_row(const Rows& rows, std::int64_t page, std::int64_t head, std::int64_t slot, float* out) {

@@ -11,12 +11,12 @@
 
 namespace heddle::select {
 
-// Query rows (floats, or int8 with the sum of each row), `stride` elements apart and in number padded to a multiple of
-// 4, 1 and 2 aside.
+// Query rows (floats, bf16 for bf16 keys, or int8 with the sum of each row), `stride` elements apart and in number
+// padded to a multiple of 4, 1 and 2 aside.
 struct QueryRows {
   const void* queries = nullptr;
   std::int64_t rows = 0, stride = 0;  // rows: at most kStreamRows; stride: the dimension, padded to 64
-  bool int8 = false;
+  host::Math math = host::Math::kFloat32;
   const std::int32_t* row_sums = nullptr;
 };
 
@@ -62,7 +62,7 @@ class KeyScores {
 
   const Problem& p_;
   const std::int64_t group_, stride_;
-  const bool int8_;
+  const host::Math math_;
   float factor_ = 1.0f;
   std::int64_t request_ = 0, kv_head_ = 0;
   std::vector<std::byte> queries_;  // [rows padded to 4][stride]

@@ -51,6 +51,11 @@ bool Visibility::shared_by_group(const Problem& problem) {
   return sel->mask.shape[sel->mask.rank - 3] != problem.num_q_heads;
 }
 
+bool Visibility::shared_by_all(const Problem& problem) {
+  const auto* sel = std::get_if<select::BlockMask>(&problem.selection->kind());
+  return sel == nullptr || sel->mask.rank < 3 || sel->mask.shape[sel->mask.rank - 3] == 1;
+}
+
 bool Visibility::block(std::int64_t i, std::int64_t j) const {
   return blocks_[i * block_row_stride_ + j * block_col_stride_];
 }

@@ -40,6 +40,8 @@ class Visibility {
 
   // Whether all query heads of a KV head see the same keys, so that they can share a row tile.
   static bool shared_by_group(const Problem& problem);
+  // Whether all heads see the same keys, token lists aside.
+  static bool shared_by_all(const Problem& problem);
 
  private:
   struct Span {

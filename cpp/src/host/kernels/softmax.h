@@ -19,15 +19,29 @@ HEDDLE_INLINE F load_scores(const float* s) {
   return load(s);
 }
 
-// Stores two vectors of probabilities, as float32 or as bf16.
+// Probabilities that multiply int8 values: whole numbers up to this, 1 being the largest of the row in the step.
+inline constexpr float kWholeProbability = 65535.0f;
+
+// Stores two vectors of probabilities, as float32, as bf16, or as whole numbers of two bytes: the upper bytes of 16
+// keys, then their lower ones.
 template <Math pv>
 HEDDLE_INLINE void store_pair(void* row, int column, F a, F b) {
   if constexpr (pv == Math::kFloat32) {
     store(static_cast<float*>(row) + column, a);
     store(static_cast<float*>(row) + column + kWidth, b);
-  } else {
+  } else if constexpr (pv == Math::kBFloat16) {
 #if HEDDLE_ISA_LEVEL >= 3
     _mm512_storeu_si512(static_cast<std::uint16_t*>(row) + column, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+#endif
+  } else {
+#if HEDDLE_ISA_LEVEL >= 3
+    auto* out = reinterpret_cast<__m128i*>(static_cast<std::uint16_t*>(row) + column);
+    HEDDLE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const __m512i whole = _mm512_cvtps_epi32((__m512)(i == 0 ? a : b));
+      _mm_storeu_si128(out + 2 * i, _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));
+      _mm_storeu_si128(out + 2 * i + 1, _mm512_cvtepi32_epi8(whole));
+    }
 #endif
   }
 }
@@ -37,6 +51,7 @@ struct SoftmaxRow {
   float factor, bias, softcap;
   float* m;
   float* l;
+  float* weight = nullptr;  // pv int8: what one stands for in the probabilities stored
 };
 
 // scores [kStepTiles * 64] of one row -> probabilities; updates m and l; returns what earlier sums must be multiplied
@@ -79,7 +94,12 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
   const float m = candidate > m_old ? candidate : m_old;
   // A row that has seen nothing keeps m = -inf; any finite number in its place gives probabilities of 0.
   const float base = m == -__builtin_inff() ? 0.0f : m;
-  const F f = set1(factor), shift = set1(bias - base);
+  // Whole numbers count from the step's own maximum, so that they are as fine where a step weighs little.
+  constexpr bool kWhole = pv == Math::kInt8;
+  const bool none = candidate == -__builtin_inff();
+  const float top_of_step = none ? 0.0f : candidate;
+  constexpr float kLog2Whole = 15.999977986f;
+  const F f = set1(factor), shift = set1(kWhole ? bias - top_of_step + kLog2Whole : bias - base);
   F sum[2] = {};
   for (int t = 0; t < step.tiles; ++t) {
     if (!active[t]) continue;
@@ -100,7 +120,12 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
     }
   }
   const float alpha = exp2<5>(set1(m_old - base))[0];
-  *row.l = *row.l * alpha + reduce_add(sum[0] + sum[1]);
+  float total = reduce_add(sum[0] + sum[1]);
+  if constexpr (kWhole) {
+    *row.weight = none ? 0.0f : exp2<5>(set1(candidate - base))[0] / kWholeProbability;
+    total *= *row.weight;
+  }
+  *row.l = *row.l * alpha + total;
   *row.m = m;
   return alpha;
 }

@@ -1,5 +1,7 @@
 // Decode's kernels of one instruction set: scores by dot products over keys where they lie, softmax, and values summed
 // the same way.
+#include <type_traits>
+
 #include "host/kernels/pack.h"
 #include "host/kernels/simd.h"
 #include "host/kernels/softmax.h"
@@ -57,21 +59,124 @@ HEDDLE_INLINE F load_some(const std::byte* p, std::int64_t n) {
   return load_elements<dtype>(buffer);
 }
 
-// Into the second-level cache, which can wait for more lines at once than the first.
-HEDDLE_INLINE void prefetch_row(const std::byte* row, std::int64_t bytes) {
-  for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
-}
+#ifndef XD
+#define XD 8192
+#endif
+#ifndef XL
+#define XL 3
+#endif
+// The rows that will be read so many bytes after the ones in work. Their lines are fetched one by one between the
+// arithmetic, in the order of their use: a processor can wait for few lines at once, and a burst of them holds up the
+// loads behind it. By itself it only follows rows that it has begun.
+HEDDLE_INLINE void fetch_line(const std::byte* p) { __builtin_prefetch(p, 0, XL); }
 
-// Keys between the one in work and the one being fetched.
-HEDDLE_INLINE int keys_ahead(std::int64_t row_bytes) {
-  constexpr std::int64_t kBytesAhead = 4096;
-  const std::int64_t keys = kBytesAhead / (row_bytes < 64 ? 64 : row_bytes);
-  return keys < 4 ? 4 : static_cast<int>(keys);
-}
+class Ahead {
+ public:
+  static constexpr std::int64_t kBytes = XD;
+
+  Ahead(const StreamStep& step, int num_heads) : step_(step), num_heads_(num_heads) {
+    begin_phase(kKeys);
+    const std::int64_t row_bytes = step.dim * static_cast<std::int64_t>(size_of(step.key_dtype));
+    skip(static_cast<int>(kBytes / row_bytes) / 4 * 4);  // the step before has fetched them
+  }
+
+  // Lines to fetch one by one: p, p + inc, ...
+  struct Lines {
+    const std::byte* p;
+    std::int64_t inc;
+    template <int N>
+    HEDDLE_INLINE void fetch() {
+      HEDDLE_UNROLL
+      for (int i = 0; i < N; ++i) fetch_line(p + i * inc);
+      p += N * inc;
+    }
+  };
+
+  // The next n rows. Where they do not follow one another, all of them are fetched now.
+  HEDDLE_INLINE Lines take(int n, std::int64_t row_bytes) {
+    const std::byte* first = rows_[key_] + offset_;
+    if (n < last_ - key_ && rows_[key_ + n - 1] + offset_ == first + (n - 1) * row_bytes) {
+      key_ += n;
+      return {first, 64};
+    }
+    return take_pieces(n, row_bytes);
+  }
+
+ private:
+  enum Phase { kKeys, kValues, kNextKeys, kNothing };
+
+  void begin_phase(Phase phase) {
+    phase_ = phase;
+    rows_ = phase == kKeys ? step_.keys : phase == kValues ? step_.values : step_.keys + step_.count;
+    head_stride_ = phase == kValues ? step_.value_head_stride : step_.key_head_stride;
+    segment_ = head_ = 0;
+    begin_run();
+  }
+  void begin_run() {
+    offset_ = head_ * head_stride_;
+    key_ = phase_ == kNextKeys ? 0 : step_.segments[segment_].first;
+    last_ = key_ + (phase_ == kNextKeys ? step_.next : step_.segments[segment_].count);
+  }
+  void skip(int n) {
+    for (int m; n > 0; n -= m) {
+      m = n < last_ - key_ ? n : last_ - key_;
+      key_ += m;
+      if (key_ == last_) next_run();
+    }
+  }
+  __attribute__((noinline)) Lines take_pieces(int n, std::int64_t row_bytes) {
+    const std::byte* first = rows_[key_] + offset_;
+    const bool one = n == last_ - key_ && rows_[key_ + n - 1] + offset_ == first + (n - 1) * row_bytes;
+    for (; n > 0 && !one; --n) {
+      for (std::int64_t b = 0; b < row_bytes; b += 64) fetch_line(rows_[key_] + offset_ + b);
+      if (++key_ == last_) next_run();
+    }
+    if (one) {
+      key_ += n;
+      next_run();
+    }
+    return {first, one ? 64 : 0};
+  }
+  void next_run() {
+    if (phase_ != kNothing) {
+      if (++head_ < num_heads_) return begin_run();
+      head_ = 0;
+      if (phase_ != kNextKeys && ++segment_ < step_.num_segments) return begin_run();
+      if (phase_ == kKeys && step_.values != nullptr) return begin_phase(kValues);
+      if (phase_ != kNextKeys && step_.next > 0) return begin_phase(kNextKeys);
+      phase_ = kNothing;
+    }
+    --key_;  // the last row again
+  }
+
+  const StreamStep& step_;
+  const int num_heads_;
+  Phase phase_ = kKeys;
+  const std::byte* const* rows_ = nullptr;
+  std::int64_t head_stride_ = 0, offset_ = 0;
+  int segment_ = 0, head_ = 0, key_ = 0, last_ = 0;
+};
+
+// One segment of one head.
+struct Run {
+  const std::byte* const* rows;    // of the first head
+  std::int64_t offset, row_bytes;  // of this one
+  int first, last, count;          // keys; count: of the step
+  Ahead* ahead;                    // null where other rows have read the same keys before
+
+  HEDDLE_INLINE const std::byte* row(int key) const { return rows[key] + offset; }
+  // Lines to fetch while n rows from `key` on are in work.
+  HEDDLE_INLINE Ahead::Lines lines_ahead(int key, int n) const {
+    return ahead == nullptr ? Ahead::Lines{row(key), 0} : ahead->take(n, row_bytes);
+  }
+};
+
+// Keys that scores take at once: as many accumulators as there are registers for.
+inline constexpr int kScoreKeys = HEDDLE_ISA_LEVEL >= 2 ? 4 : 2;
 
 // scores[r][key + k] = the sum of acc[r][k] over its lanes (whole numbers if Acc is I).
 template <class Acc, int R>
-HEDDLE_INLINE void store_sums(const Acc (&acc)[R][4], float* scores, int key) {
+HEDDLE_INLINE void store_sums(const Acc (&acc)[R][kScoreKeys], float* scores, int key) {
 #if HEDDLE_ISA_LEVEL >= 2
   // Transposed addition: within 128-bit lanes, then across them.
   const auto add = [](__m512 a, __m512 b) { return (__m512)((Acc)a + (Acc)b); };
@@ -89,41 +194,60 @@ HEDDLE_INLINE void store_sums(const Acc (&acc)[R][4], float* scores, int key) {
   const auto halves = [&](__m512 a, __m512 b) {
     return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   };
-  const __m512 sums = halves(halves(quad[0], quad[1]), halves(quad[2], quad[3]));
-  alignas(64) float all[16];
-  store(all, __builtin_convertvector((Acc)sums, F));
-  for (int r = 0; r < R; ++r) std::memcpy(scores + r * kStreamKeys + key, all + 4 * r, 16);
+  const F sums = __builtin_convertvector((Acc)halves(halves(quad[0], quad[1]), halves(quad[2], quad[3])), F);
+  const auto part = [&](auto r) {
+    if constexpr (r < R) {
+      _mm_storeu_ps(scores + r * kStreamKeys + key, _mm512_extractf32x4_ps((__m512)sums, r));
+    }
+  };
+  part(std::integral_constant<int, 0>{});
+  part(std::integral_constant<int, 1>{});
+  part(std::integral_constant<int, 2>{});
+  part(std::integral_constant<int, 3>{});
+#elif HEDDLE_ISA_LEVEL == 1
+  HEDDLE_UNROLL
+  for (int r = 0; r < R; r += 2) {
+    const __m256 upper =
+        R > 1 ? (__m256)_mm256_hadd_ps((__m256)acc[(r + 1) % R][0], (__m256)acc[(r + 1) % R][1]) : _mm256_setzero_ps();
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps((__m256)acc[r][0], (__m256)acc[r][1]), upper);
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    _mm_storel_pi(reinterpret_cast<__m64*>(scores + r * kStreamKeys + key), sums);
+    if (R > 1) _mm_storeh_pi(reinterpret_cast<__m64*>(scores + (r + 1) * kStreamKeys + key), sums);
+  }
 #else
   for (int r = 0; r < R; ++r) {
-    for (int k = 0; k < 4; ++k) scores[r * kStreamKeys + key + k] = reduce_add(acc[r][k]);
+    for (int k = 0; k < kScoreKeys; ++k) scores[r * kStreamKeys + key + k] = reduce_add(acc[r][k]);
   }
 #endif
 }
 
 template <DType dtype, int R>
-void float_scores(const StreamStep& step, const float* queries, std::int64_t query_stride, float* scores) {
+void float_scores(const Run& run, std::int64_t dim, const float* queries, std::int64_t query_stride, float* scores) {
   constexpr int kBytes = element_bytes<dtype>();
-  const std::int64_t whole = step.dim / kWidth * kWidth;
-  const int ahead = keys_ahead(step.dim * kBytes);
-  for (int j = 0; j < step.count; j += 4) {
-    const std::byte* const* rows = step.keys + j;
-    for (int k = j + ahead; k < j + ahead + 4 && k < step.readable; ++k) prefetch_row(step.keys[k], step.dim * kBytes);
-    F acc[R][4] = {};
+  const std::int64_t whole = dim / kWidth * kWidth;
+  for (int j = run.first; j < run.last; j += kScoreKeys) {
+    const std::byte* rows[kScoreKeys];
+    for (int k = 0; k < kScoreKeys; ++k) rows[k] = run.row(j + k);
+    Ahead::Lines ahead = run.lines_ahead(j, kScoreKeys);
+    F acc[R][kScoreKeys] = {};
     for (std::int64_t i = 0; i < whole; i += kWidth) {
-      F x[4];
+      constexpr int kEach = kScoreKeys * kWidth * kBytes / 64;
+      ahead.fetch < kEach<1 ? 1 : kEach>();
+      F x[kScoreKeys];
       HEDDLE_UNROLL
-      for (int k = 0; k < 4; ++k) x[k] = load_elements<dtype>(rows[k] + i * kBytes);
+      for (int k = 0; k < kScoreKeys; ++k) x[k] = load_elements<dtype>(rows[k] + i * kBytes);
       HEDDLE_UNROLL
       for (int r = 0; r < R; ++r) {
         const F q = load(queries + r * query_stride + i);
         HEDDLE_UNROLL
-        for (int k = 0; k < 4; ++k) acc[r][k] = fma(q, x[k], acc[r][k]);
+        for (int k = 0; k < kScoreKeys; ++k) acc[r][k] = fma(q, x[k], acc[r][k]);
       }
     }
-    if (whole < step.dim) {
+    if (whole < dim) {
       HEDDLE_UNROLL
-      for (int k = 0; k < 4; ++k) {
-        const F x = load_some<dtype>(rows[k] + whole * kBytes, step.dim - whole);
+      for (int k = 0; k < kScoreKeys; ++k) {
+        ahead.fetch<1>();
+        const F x = load_some<dtype>(rows[k] + whole * kBytes, dim - whole);
         HEDDLE_UNROLL
         for (int r = 0; r < R; ++r) acc[r][k] = fma(load(queries + r * query_stride + whole), x, acc[r][k]);
       }
@@ -133,35 +257,67 @@ void float_scores(const StreamStep& step, const float* queries, std::int64_t que
 }
 
 #if HEDDLE_ISA_LEVEL >= 3
-// Whole-number scores on VPDPBUSD: keys biased by 128, undone by the queries' sums. Below 2^24, so exact as floats too.
+// VDPBF16PS: two elements of a key a lane.
 template <int R>
-void int8_scores(const StreamStep& step, const std::int8_t* queries, std::int64_t query_stride,
-                 const std::int32_t* row_sums, float* scores) {
-  const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
-  const int ahead = keys_ahead(step.dim);
-  I start[R];
-  HEDDLE_UNROLL
-  for (int r = 0; r < R; ++r) start[r] = I{-128 * row_sums[r]};  // in one lane
-  for (int j = 0; j < step.count; j += 4) {
-    const std::byte* const* rows = step.keys + j;
-    for (int k = j + ahead; k < j + ahead + 4 && k < step.readable; ++k) prefetch_row(step.keys[k], step.dim);
-    I acc[R][4];
-    HEDDLE_UNROLL
-    for (int r = 0; r < R; ++r) {
+void bf16_scores(const Run& run, std::int64_t dim, const std::uint16_t* queries, std::int64_t query_stride,
+                 float* scores) {
+  for (int j = run.first; j < run.last; j += kScoreKeys) {
+    const std::byte* rows[kScoreKeys];
+    for (int k = 0; k < kScoreKeys; ++k) rows[k] = run.row(j + k);
+    Ahead::Lines ahead = run.lines_ahead(j, kScoreKeys);
+    F acc[R][kScoreKeys] = {};
+    for (std::int64_t i = 0; i < dim; i += 32) {
+      ahead.fetch<kScoreKeys>();
+      const std::int64_t left = dim - i;
+      const __mmask32 mask = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+      __m512i x[kScoreKeys];
       HEDDLE_UNROLL
-      for (int k = 0; k < 4; ++k) acc[r][k] = start[r];
-    }
-    for (std::int64_t i = 0; i < step.dim; i += 64) {
-      const std::int64_t left = step.dim - i;
-      const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
-      __m512i x[4];
-      HEDDLE_UNROLL
-      for (int k = 0; k < 4; ++k) x[k] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, rows[k] + i), bias);
+      for (int k = 0; k < kScoreKeys; ++k) x[k] = _mm512_maskz_loadu_epi16(mask, rows[k] + i * 2);
       HEDDLE_UNROLL
       for (int r = 0; r < R; ++r) {
         const __m512i q = _mm512_loadu_si512(queries + r * query_stride + i);
         HEDDLE_UNROLL
-        for (int k = 0; k < 4; ++k) acc[r][k] = (I)_mm512_dpbusd_epi32((__m512i)acc[r][k], x[k], q);
+        for (int k = 0; k < kScoreKeys; ++k) {
+          acc[r][k] = (F)_mm512_dpbf16_ps((__m512)acc[r][k], (__m512bh)q, (__m512bh)x[k]);
+        }
+      }
+    }
+    store_sums(acc, scores, j);
+  }
+}
+
+// Whole-number scores on VPDPBUSD: keys biased by 128, undone by the queries' sums. Below 2^24, so exact as floats too.
+template <int R>
+void int8_scores(const Run& run, std::int64_t dim, const std::int8_t* queries, std::int64_t query_stride,
+                 const std::int32_t* row_sums, float* scores) {
+  const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
+  I start[R];
+  HEDDLE_UNROLL
+  for (int r = 0; r < R; ++r) start[r] = I{-128 * row_sums[r]};  // in one lane
+  for (int j = run.first; j < run.last; j += kScoreKeys) {
+    const std::byte* rows[kScoreKeys];
+    for (int k = 0; k < kScoreKeys; ++k) rows[k] = run.row(j + k);
+    Ahead::Lines ahead = run.lines_ahead(j, kScoreKeys);
+    I acc[R][kScoreKeys];
+    HEDDLE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      HEDDLE_UNROLL
+      for (int k = 0; k < kScoreKeys; ++k) acc[r][k] = start[r];
+    }
+    for (std::int64_t i = 0; i < dim; i += 64) {
+      ahead.fetch<kScoreKeys>();
+      const std::int64_t left = dim - i;
+      const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+      __m512i x[kScoreKeys];
+      HEDDLE_UNROLL
+      for (int k = 0; k < kScoreKeys; ++k) {
+        x[k] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, rows[k] + i), bias);
+      }
+      HEDDLE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const __m512i q = _mm512_loadu_si512(queries + r * query_stride + i);
+        HEDDLE_UNROLL
+        for (int k = 0; k < kScoreKeys; ++k) acc[r][k] = (I)_mm512_dpbusd_epi32((__m512i)acc[r][k], x[k], q);
       }
     }
     store_sums(acc, scores, j);
@@ -169,104 +325,305 @@ void int8_scores(const StreamStep& step, const std::int8_t* queries, std::int64_
 }
 #endif
 
-// Values are summed by 64 keys, so that the second 64 columns of a row are still near when their turn comes.
-inline constexpr int kValueKeys = 64;
+// Values are summed block by block of keys, small enough that the later columns of a row are still near when their turn
+// comes.
+inline constexpr int kBlockKeys = 64;
+HEDDLE_INLINE int block_keys(std::int64_t row_bytes) {
+  const std::int64_t keys = 8192 / row_bytes / 16 * 16;
+  return static_cast<int>(keys < 16 ? 16 : keys > kBlockKeys ? kBlockKeys : keys);
+}
 
-// o[r][c] = alpha[r] o[r][c] + sum_j p[r][j] v[j][c] over the keys [first, last)
-template <DType dtype, int R>
-HEDDLE_INLINE void add_values_of(const StreamStep& step, int first, int last, const float* p, const float* alpha,
-                                 float* o, std::int64_t columns) {
+// o[r][c] = alpha[r] o[r][c] + sum_j p[r][j] v[j][c] over the keys [first, last) and columns from c on, N vectors.
+// One of P parts of the lines ahead is fetched on the way.
+template <DType dtype, int R, int N, int P>
+HEDDLE_INLINE void add_float_block(const Run& run, int first, int last, std::int64_t c, std::int64_t dim,
+                                   const float* p, const float* alpha, float* o, std::int64_t columns,
+                                   Ahead::Lines& ahead) {
   constexpr int kBytes = element_bytes<dtype>();
-  constexpr int kVectors = 64 / kWidth < 4 ? 64 / kWidth : 4;
-  const int ahead = keys_ahead(step.dim_v * kBytes);
-  for (std::int64_t c = 0; c < step.dim_v; c += kVectors * kWidth) {
-    const std::int64_t left = step.dim_v - c;
-    F acc[R][kVectors];
+  const std::int64_t left = dim - c;
+  F acc[R][N];
+  HEDDLE_UNROLL
+  for (int r = 0; r < R; ++r) {
     HEDDLE_UNROLL
-    for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) {
+      acc[r][n] = n * kWidth < left ? load(o + r * columns + c + n * kWidth) : F{};
+      if (alpha != nullptr) acc[r][n] = acc[r][n] * set1(alpha[r]);
+    }
+  }
+  if (left >= N * kWidth) {
+    for (int j = first; j < last; ++j) {
+      constexpr int kEach = N * kWidth * kBytes / 64 / P;
+      ahead.fetch < kEach<1 ? 1 : kEach>();
+      const std::byte* row = run.row(j) + c * kBytes;
+      F x[N];
       HEDDLE_UNROLL
-      for (int n = 0; n < kVectors; ++n) {
-        acc[r][n] = n * kWidth < left ? load(o + r * columns + c + n * kWidth) * set1(alpha[r]) : F{};
+      for (int n = 0; n < N; ++n) x[n] = load_elements<dtype>(row + n * kWidth * kBytes);
+      HEDDLE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const F w = set1(p[r * kStreamKeys + j]);
+        HEDDLE_UNROLL
+        for (int n = 0; n < N; ++n) acc[r][n] = fma(w, x[n], acc[r][n]);
       }
     }
-    if (left >= kVectors * kWidth) {
-      for (int j = first; j < last; ++j) {
-        const std::byte* row = step.values[j] + c * kBytes;
-        if (c == 0 && j + ahead < step.readable) prefetch_row(step.values[j + ahead], step.dim_v * kBytes);
-        F x[kVectors];
+  } else {
+    for (int j = first; j < last; ++j) {
+      const std::byte* row = run.row(j) + c * kBytes;
+      HEDDLE_UNROLL
+      for (int n = 0; n < N; ++n) {
+        if (n * kWidth >= left) continue;
+        ahead.fetch<1>();
+        const F x = load_some<dtype>(row + n * kWidth * kBytes, left - n * kWidth);
         HEDDLE_UNROLL
-        for (int n = 0; n < kVectors; ++n) x[n] = load_elements<dtype>(row + n * kWidth * kBytes);
+        for (int r = 0; r < R; ++r) acc[r][n] = fma(set1(p[r * kStreamKeys + j]), x, acc[r][n]);
+      }
+    }
+  }
+  HEDDLE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    HEDDLE_UNROLL
+    for (int n = 0; n < N; ++n) {
+      if (n * kWidth < left) store(o + r * columns + c + n * kWidth, acc[r][n]);
+    }
+  }
+}
+
+// `alpha` null: 1. Where there are registers, two rows take 128 columns at a time, so that a row's bytes are first read
+// in the order in which they lie.
+template <DType dtype, int R>
+void add_float_values(const Run& run, std::int64_t dim, const float* p, const float* alpha, float* o,
+                      std::int64_t columns) {
+  constexpr int kWide = HEDDLE_ISA_LEVEL >= 2 ? 8 : 4, kPair = R < 2 ? R : 2;
+  const int block = block_keys(run.row_bytes);
+  for (int first = run.first; first < run.last; first += block) {
+    const int last = first + block < run.last ? first + block : run.last;
+    Ahead::Lines ahead = run.lines_ahead(first, last - first);
+    const float* a = first == run.first ? alpha : nullptr;
+    for (std::int64_t c = 0; c < dim;) {
+      if (R < 4 || HEDDLE_ISA_LEVEL < 2 || dim - c >= kWide * kWidth) {
+        for (int r = 0; r < R; r += kPair) {
+          add_float_block<dtype, kPair, kWide, R / kPair>(run, first, last, c, dim, p + r * kStreamKeys,
+                                                          a == nullptr ? a : a + r, o + r * columns, columns, ahead);
+        }
+        c += kWide * kWidth;
+      } else {
+        add_float_block<dtype, R, 4, 1>(run, first, last, c, dim, p, a, o, columns, ahead);
+        c += 4 * kWidth;
+      }
+    }
+  }
+}
+
+#if HEDDLE_ISA_LEVEL >= 3
+// o = alpha o + weight x for one vector of columns, if it exists.
+HEDDLE_INLINE void update(float* o, std::int64_t c, std::int64_t columns, float alpha, float weight, __m512 x) {
+  if (c >= columns) return;
+  const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(o + c), _mm512_set1_ps(alpha));
+  _mm512_storeu_ps(o + c, _mm512_fmadd_ps(x, _mm512_set1_ps(weight), scaled));
+}
+
+// VDPBF16PS on pairs of keys, 64 columns at a time. Sums stay interleaved as the pairs are until the step ends.
+template <int R>
+void add_bf16_values(const Run& run, const StreamTile& tile, std::int64_t row, std::int64_t dim) {
+  const std::int64_t stride = stream_dim(dim);
+  const auto* p = reinterpret_cast<const std::uint16_t*>(tile.scores + row * kStreamKeys);
+  const int block = block_keys(run.row_bytes);
+  for (int first = run.first; first < run.last; first += block) {
+    const int last = first + block < run.last ? first + block : run.last;
+    Ahead::Lines ahead = run.lines_ahead(first, last - first);
+    for (std::int64_t c = 0; c < dim; c += 64) {
+      const std::int64_t left = dim - c;
+      const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+      const auto half = [&](int n) { return static_cast<__mmask32>(mask >> (32 * n)); };
+      float* sums = tile.sums + row * stride + c;
+      F acc[R][4];
+      HEDDLE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        HEDDLE_UNROLL
+        for (int n = 0; n < 4; ++n) acc[r][n] = first == 0 ? F{} : load(sums + r * stride + 16 * n);
+      }
+      for (int j = first; j < last; j += 2) {
+        ahead.fetch<4>();
+        const std::byte *even = run.row(j) + c * 2, *odd = run.row(j + 1) + c * 2;
+        const bool pair = j + 1 < run.count;  // else 0, not 0 times a value
+        __m512i x[4];
+        HEDDLE_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          const __m512i a = _mm512_maskz_loadu_epi16(half(n), even + 64 * n);
+          const __m512i b = _mm512_maskz_loadu_epi16(pair ? half(n) : __mmask32{0}, odd + 64 * n);
+          x[2 * n] = _mm512_unpacklo_epi16(a, b);
+          x[2 * n + 1] = _mm512_unpackhi_epi16(a, b);
+        }
         HEDDLE_UNROLL
         for (int r = 0; r < R; ++r) {
-          const F w = set1(p[r * kStreamKeys + j]);
+          std::int32_t both;
+          std::memcpy(&both, p + r * 2 * kStreamKeys + j, 4);
+          const __m512bh w = (__m512bh)_mm512_set1_epi32(both);
           HEDDLE_UNROLL
-          for (int n = 0; n < kVectors; ++n) acc[r][n] = fma(w, x[n], acc[r][n]);
+          for (int n = 0; n < 4; ++n) acc[r][n] = (F)_mm512_dpbf16_ps((__m512)acc[r][n], w, (__m512bh)x[n]);
         }
       }
-    } else {
-      for (int j = first; j < last; ++j) {
-        const std::byte* row = step.values[j] + c * kBytes;
-        for (int n = 0; n * kWidth < left; ++n) {
-          const F x = load_some<dtype>(row + n * kWidth * kBytes, left - n * kWidth);
-          for (int r = 0; r < R; ++r) acc[r][n] = fma(set1(p[r * kStreamKeys + j]), x, acc[r][n]);
+      if (last < run.count) {
+        HEDDLE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          HEDDLE_UNROLL
+          for (int n = 0; n < 4; ++n) store(sums + r * stride + 16 * n, acc[r][n]);
         }
+        continue;
       }
-    }
-    HEDDLE_UNROLL
-    for (int r = 0; r < R; ++r) {
+      // Lane 4 i + k of the lower (upper) half holds column 8 i + k (8 i + 4 + k).
+      const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+      const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
       HEDDLE_UNROLL
-      for (int n = 0; n < kVectors; ++n) {
-        if (n * kWidth < left) store(o + r * columns + c + n * kWidth, acc[r][n]);
+      for (int r = 0; r < R; ++r) {
+        float* o = tile.o + (row + r) * tile.columns;
+        HEDDLE_UNROLL
+        for (int n = 0; n < 4; n += 2) {
+          const __m512 a = (__m512)acc[r][n], b = (__m512)acc[r][n + 1];
+          const float alpha = tile.alpha[row + r];
+          update(o, c + 16 * n, tile.columns, alpha, 1.0f, _mm512_permutex2var_ps(a, lower, b));
+          update(o, c + 16 * n + 16, tile.columns, alpha, 1.0f, _mm512_permutex2var_ps(a, upper, b));
+        }
       }
     }
   }
 }
 
-template <DType dtype, int R>
-void add_values(const StreamStep& step, const float* p, const float* alpha, float* o, std::int64_t columns) {
-  static constexpr float kOnes[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-  for (int first = 0; first < step.count; first += kValueKeys) {
-    const int last = first + kValueKeys < step.count ? first + kValueKeys : step.count;
-    add_values_of<dtype, R>(step, first, last, p, first == 0 ? alpha : kOnes, o, columns);
+// VPDPBUSD on four keys, 64 columns in two halves: probabilities are 256 times an upper byte plus a lower one. A step's
+// sum stays below 65535 * 127 * 256 < 2^31.
+template <int R>
+void add_int8_values(const Run& run, const StreamTile& tile, std::int64_t row, std::int64_t dim) {
+  static_assert(kStreamKeys <= 256);
+  const std::int64_t stride = stream_dim(dim);
+  const auto* p = reinterpret_cast<const std::uint8_t*>(tile.scores + row * kStreamKeys);
+  const int block = block_keys(run.row_bytes);
+  for (int first = run.first; first < run.last; first += block) {
+    const int last = first + block < run.last ? first + block : run.last;
+    Ahead::Lines ahead = run.lines_ahead(first, last - first);
+    for (std::int64_t c = 0; c < dim; c += 64) {
+      const std::int64_t left = dim - c;
+      const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+      auto* sums = reinterpret_cast<std::int32_t*>(tile.sums) + row * stride + c;
+      I total[R][4];
+      const auto multiply = [&](auto half) {
+        I upper[R][2] = {}, lower[R][2] = {};
+        for (int j = first; j < last; j += 4) {
+          ahead.fetch<2>();
+          __m512i v[4];
+          HEDDLE_UNROLL
+          for (int k = 0; k < 4; ++k) v[k] = _mm512_maskz_loadu_epi8(mask, run.row(j + k) + c);
+          __m512i ab, cd;
+          if constexpr (half == 0) {
+            ab = _mm512_unpacklo_epi8(v[0], v[1]);
+            cd = _mm512_unpacklo_epi8(v[2], v[3]);
+          } else {
+            ab = _mm512_unpackhi_epi8(v[0], v[1]);
+            cd = _mm512_unpackhi_epi8(v[2], v[3]);
+          }
+          const __m512i x[2] = {_mm512_unpacklo_epi16(ab, cd), _mm512_unpackhi_epi16(ab, cd)};
+          HEDDLE_UNROLL
+          for (int r = 0; r < R; ++r) {
+            const std::uint8_t* at = p + r * 4 * kStreamKeys + j / 16 * 32 + j % 16;
+            std::int32_t bytes[2];
+            std::memcpy(bytes, at, 4);
+            std::memcpy(bytes + 1, at + 16, 4);
+            const __m512i high = _mm512_set1_epi32(bytes[0]), low = _mm512_set1_epi32(bytes[1]);
+            HEDDLE_UNROLL
+            for (int n = 0; n < 2; ++n) {
+              upper[r][n] = (I)_mm512_dpbusd_epi32((__m512i)upper[r][n], high, x[n]);
+              lower[r][n] = (I)_mm512_dpbusd_epi32((__m512i)lower[r][n], low, x[n]);
+            }
+          }
+        }
+        HEDDLE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          HEDDLE_UNROLL
+          for (int n = 0; n < 2; ++n) {
+            constexpr int kAt = 2 * half;
+            total[r][kAt + n] = (upper[r][n] << 8) + lower[r][n];
+            if (first > 0) total[r][kAt + n] += load_int(sums + r * stride + 16 * (kAt + n));
+            if (last < run.count) store(sums + r * stride + 16 * (kAt + n), total[r][kAt + n]);
+          }
+        }
+      };
+      multiply(std::integral_constant<int, 0>{});
+      multiply(std::integral_constant<int, 1>{});
+      if (last < run.count) continue;
+      // Vector n holds, in lane 4 i + k, column 16 i + 4 n + k: a transposition of 128-bit lanes.
+      HEDDLE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        __m512 x[4];
+        HEDDLE_UNROLL
+        for (int n = 0; n < 4; ++n) x[n] = _mm512_cvtepi32_ps((__m512i)total[r][n]);
+        const __m512 a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[2], x[3], 0x44);
+        const __m512 d = _mm512_shuffle_f32x4(x[0], x[1], 0xee), e = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
+        const __m512 out[4] = {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd),
+                               _mm512_shuffle_f32x4(d, e, 0x88), _mm512_shuffle_f32x4(d, e, 0xdd)};
+        float* o = tile.o + (row + r) * tile.columns;
+        HEDDLE_UNROLL
+        for (int n = 0; n < 4; ++n) {
+          update(o, c + 16 * n, tile.columns, tile.alpha[row + r], tile.weight[row + r], out[n]);
+        }
+      }
+    }
   }
 }
-
-template <int R>
-void scores_of(const StreamTile& tile, const StreamStep& step, std::int64_t row, float* scores) {
-  const std::int64_t stride = (step.dim + 63) / 64 * 64;
-  float* at = scores + row * kStreamKeys;
-  if (tile.int8_queries != nullptr) {
-#if HEDDLE_ISA_LEVEL >= 3
-    return int8_scores<R>(step, tile.int8_queries + row * stride, stride, tile.row_sums + row, at);
 #endif
+
+// Scores and values of R rows of a head.
+template <int R>
+void scores_of(const Run& run, const StreamTile& tile, const StreamStep& step, std::int64_t row) {
+  const std::int64_t stride = stream_dim(step.dim), dim = step.dim;
+  float* at = tile.scores + row * kStreamKeys;
+#if HEDDLE_ISA_LEVEL >= 3
+  if (step.qk == Math::kInt8) {
+    return int8_scores<R>(run, dim, static_cast<const std::int8_t*>(tile.queries) + row * stride, stride,
+                          tile.row_sums + row, at);
   }
-  const float* q = tile.queries + row * stride;
+  if (step.qk == Math::kBFloat16) {
+    return bf16_scores<R>(run, dim, static_cast<const std::uint16_t*>(tile.queries) + row * stride, stride, at);
+  }
+#endif
+  const float* q = static_cast<const float*>(tile.queries) + row * stride;
   switch (step.key_dtype) {
-    case DType::kFloat32: return float_scores<DType::kFloat32, R>(step, q, stride, at);
-    case DType::kBFloat16: return float_scores<DType::kBFloat16, R>(step, q, stride, at);
-    case DType::kFloat16: return float_scores<DType::kFloat16, R>(step, q, stride, at);
-    case DType::kInt8: return float_scores<DType::kInt8, R>(step, q, stride, at);
-    default: return float_scores<DType::kFloat8E4M3, R>(step, q, stride, at);
+    case DType::kFloat32: return float_scores<DType::kFloat32, R>(run, dim, q, stride, at);
+    case DType::kBFloat16: return float_scores<DType::kBFloat16, R>(run, dim, q, stride, at);
+    case DType::kFloat16: return float_scores<DType::kFloat16, R>(run, dim, q, stride, at);
+    case DType::kInt8: return float_scores<DType::kInt8, R>(run, dim, q, stride, at);
+    default: return float_scores<DType::kFloat8E4M3, R>(run, dim, q, stride, at);
   }
 }
 
 template <int R>
-void values_of(const StreamTile& tile, const StreamStep& step, std::int64_t row, const float* alpha, float* scores) {
-  const float* p = scores + row * kStreamKeys;
+void values_of(const Run& run, const StreamTile& tile, const StreamStep& step, std::int64_t row) {
+#if HEDDLE_ISA_LEVEL >= 3
+  if (step.pv == Math::kBFloat16) return add_bf16_values<R>(run, tile, row, step.dim_v);
+  if (step.pv == Math::kInt8) return add_int8_values<R>(run, tile, row, step.dim_v);
+#endif
+  const float* p = tile.scores + row * kStreamKeys;
+  const float* alpha = run.first == 0 ? tile.alpha + row : nullptr;
   float* o = tile.o + row * tile.columns;
   switch (step.value_dtype) {
-    case DType::kFloat32: return add_values<DType::kFloat32, R>(step, p, alpha + row, o, tile.columns);
-    case DType::kBFloat16: return add_values<DType::kBFloat16, R>(step, p, alpha + row, o, tile.columns);
-    case DType::kFloat16: return add_values<DType::kFloat16, R>(step, p, alpha + row, o, tile.columns);
-    case DType::kInt8: return add_values<DType::kInt8, R>(step, p, alpha + row, o, tile.columns);
-    default: return add_values<DType::kFloat8E4M3, R>(step, p, alpha + row, o, tile.columns);
+    case DType::kFloat32: return add_float_values<DType::kFloat32, R>(run, step.dim_v, p, alpha, o, tile.columns);
+    case DType::kBFloat16: return add_float_values<DType::kBFloat16, R>(run, step.dim_v, p, alpha, o, tile.columns);
+    case DType::kFloat16: return add_float_values<DType::kFloat16, R>(run, step.dim_v, p, alpha, o, tile.columns);
+    case DType::kInt8: return add_float_values<DType::kInt8, R>(run, step.dim_v, p, alpha, o, tile.columns);
+    default: return add_float_values<DType::kFloat8E4M3, R>(run, step.dim_v, p, alpha, o, tile.columns);
   }
+}
+
+// Rows by four; one or two alone when there are no more. fn(R, first row)
+template <class Fn>
+HEDDLE_INLINE void for_rows(std::int64_t rows, Fn&& fn) {
+  if (rows == 1) return fn(std::integral_constant<int, 1>{}, 0);
+  if (rows == 2) return fn(std::integral_constant<int, 2>{}, 0);
+  for (std::int64_t row = 0; row < rows; row += 4) fn(std::integral_constant<int, 4>{}, row);
 }
 
 // 0 * NaN is NaN: where rows mask different keys and a value is not finite, each row takes just what it sees.
-bool values_finite(const StreamStep& step, float* row) {
+bool values_finite(const StreamStep& step, std::int64_t offset) {
+  alignas(64) float row[kMaxDim];
   for (int j = 0; j < step.count; ++j) {
-    row_as_floats(step.values[j], step.dim_v, step.value_dtype, row);
+    row_as_floats(step.values[j] + offset, step.dim_v, step.value_dtype, row);
     bool finite = true;
     for (std::int64_t c = 0; c < step.dim_v; ++c) finite &= is_finite(row[c]);
     if (!finite) return false;
@@ -274,29 +631,22 @@ bool values_finite(const StreamStep& step, float* row) {
   return true;
 }
 
-void add_visible(const StreamTile& tile, const StreamStep& step, const float* alpha, const float* scores, float* row) {
+void add_visible(const StreamTile& tile, const StreamStep& step, std::int64_t offset) {
+  alignas(64) float row[kMaxDim];
   for (std::int64_t r = 0; r < tile.rows; ++r) {
     float* o = tile.o + r * tile.columns;
-    for (std::int64_t c = 0; c < step.dim_v; ++c) o[c] *= alpha[r];
+    for (std::int64_t c = 0; c < step.dim_v; ++c) o[c] *= tile.alpha[r];
     for (int j = 0; j < step.count; ++j) {
       if ((step.bits[r * kStepTiles + j / 64] >> (j % 64) & 1u) == 0) continue;
-      row_as_floats(step.values[j], step.dim_v, step.value_dtype, row);
-      const float p = scores[r * kStreamKeys + j];
+      row_as_floats(step.values[j] + offset, step.dim_v, step.value_dtype, row);
+      const float p = tile.scores[r * kStreamKeys + j];
       for (std::int64_t c = 0; c < step.dim_v; ++c) o[c] += p * row[c];
     }
   }
 }
 
-// Rows by four; one or two alone when there are no more.
-void stream_scores(const StreamTile& tile, const StreamStep& step, float* scores) {
-  if (tile.rows == 1) return scores_of<1>(tile, step, 0, scores);
-  if (tile.rows == 2) return scores_of<2>(tile, step, 0, scores);
-  for (std::int64_t row = 0; row < tile.rows; row += 4) scores_of<4>(tile, step, row, scores);
-}
-
-void stream_step(const StreamTile& tile, const StreamStep& step, float* scores) {
-  stream_scores(tile, step, scores);
-
+template <Math pv>
+void softmax(const StreamTile& tile, const StreamStep& step, int head) {
   Step mask;
   mask.tiles = (step.count + kTileKeys - 1) / kTileKeys;
   std::uint64_t tail[kStepTiles];
@@ -304,28 +654,73 @@ void stream_step(const StreamTile& tile, const StreamStep& step, float* scores) 
     const int keys = step.count - t * kTileKeys;
     tail[t] = keys >= kTileKeys ? ~std::uint64_t{0} : (std::uint64_t{1} << keys) - 1;
     mask.bits[t] = step.bits != nullptr ? step.bits + t : keys >= kTileKeys ? nullptr : tail + t;
-    mask.key_scale[t] = step.key_scale == nullptr ? nullptr : step.key_scale + t * kTileKeys;
+    mask.key_scale[t] = step.key_scale == nullptr ? nullptr : step.key_scale + head * kStreamKeys + t * kTileKeys;
   }
   const std::int64_t bits_stride = step.bits != nullptr ? kStepTiles : 0;
   constexpr bool kActive[kStepTiles] = {true, true, true, true};
-  alignas(64) float alpha[kStreamRows];
   for (std::int64_t r = 0; r < tile.rows; ++r) {
-    const SoftmaxRow state{tile.factor[r], tile.bias == nullptr ? 0.0f : tile.bias[r], tile.softcap, tile.m + r,
-                           tile.l + r};
-    float* at = scores + r * kStreamKeys;
-    alpha[r] = softmax_row<false, Math::kFloat32>(at, at, mask, kActive, r * bits_stride, state);
-    if (step.value_scale != nullptr) {
+    const SoftmaxRow state{tile.factor[r], tile.bias == nullptr ? 0.0f : tile.bias[r],
+                           tile.softcap,   tile.m + r,
+                           tile.l + r,     tile.weight + r};
+    float* at = tile.scores + r * kStreamKeys;
+    tile.alpha[r] = softmax_row<false, pv>(at, at, mask, kActive, r * bits_stride, state);
+    if (pv == Math::kFloat32 && step.value_scale != nullptr) {
       // A masked key's scale may be NaN.
-      for (int j = 0; j < step.count; ++j) at[j] = at[j] == 0.0f ? 0.0f : at[j] * step.value_scale[j];
+      const float* scale = step.value_scale + head * kStreamKeys;
+      for (int j = 0; j < step.count; ++j) at[j] = at[j] == 0.0f ? 0.0f : at[j] * scale[j];
     }
   }
-  for (std::int64_t r = tile.rows; r < kStreamRows; ++r) alpha[r] = 1.0f;
+  for (std::int64_t r = tile.rows; r < stream_rows(tile.rows); ++r) tile.alpha[r] = tile.weight[r] = 1.0f;
+}
 
-  alignas(64) float value_row[kMaxDim];
-  if (step.bits != nullptr && !values_finite(step, value_row)) return add_visible(tile, step, alpha, scores, value_row);
-  if (tile.rows == 1) return values_of<1>(tile, step, 0, alpha, scores);
-  if (tile.rows == 2) return values_of<2>(tile, step, 0, alpha, scores);
-  for (std::int64_t row = 0; row < tile.rows; row += 4) values_of<4>(tile, step, row, alpha, scores);
+void stream_step(const StreamTile* heads, int num_heads, const StreamStep& step) {
+  Ahead ahead(step, num_heads);
+  // Keys, then values, in the order in which they lie: segment by segment, and in each head by head.
+  const auto visit = [&](const std::byte* const* rows, std::int64_t head_stride, std::int64_t row_bytes, auto&& body) {
+    for (int s = 0; s < step.num_segments; ++s) {
+      const StreamSegment& segment = step.segments[s];
+      for (int h = 0; h < num_heads; ++h) {
+        body(Run{rows, h * head_stride, row_bytes, segment.first, segment.first + segment.count, step.count, nullptr},
+             h);
+      }
+    }
+  };
+  visit(step.keys, step.key_head_stride, step.dim * static_cast<std::int64_t>(size_of(step.key_dtype)),
+        [&](Run run, int h) {
+          for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
+            run.ahead = row == 0 ? &ahead : nullptr;
+            scores_of<r>(run, heads[h], step, row);
+          });
+        });
+  bool done[kStreamHeads] = {};
+  visit(step.values, step.value_head_stride, step.dim_v * static_cast<std::int64_t>(size_of(step.value_dtype)),
+        [&](Run run, int h) {
+          if (run.first == 0) {
+            done[h] = step.bits != nullptr && !values_finite(step, run.offset);
+            if (step.pv == Math::kFloat32 || done[h]) {
+              softmax<Math::kFloat32>(heads[h], step, h);
+            } else if (step.pv == Math::kBFloat16) {
+              softmax<Math::kBFloat16>(heads[h], step, h);
+            } else {
+              softmax<Math::kInt8>(heads[h], step, h);
+            }
+            if (done[h]) add_visible(heads[h], step, run.offset);
+          }
+          if (done[h]) return;
+          for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
+            run.ahead = row == 0 ? &ahead : nullptr;
+            values_of<r>(run, heads[h], step, row);
+          });
+        });
+}
+
+void stream_scores(const StreamTile& head, const StreamStep& step) {
+  Ahead ahead(step, 1);
+  const std::int64_t row_bytes = step.dim * static_cast<std::int64_t>(size_of(step.key_dtype));
+  for_rows(head.rows, [&](auto r, std::int64_t row) {
+    const Run run{step.keys, 0, row_bytes, 0, step.count, step.count, row == 0 ? &ahead : nullptr};
+    scores_of<r>(run, head, step, row);
+  });
 }
 
 }  // namespace
