@@ -64,9 +64,8 @@ struct StreamStep {
 };
 
 struct StreamKernels {
-  // head.scores = q . k of a step's keys as stored: no factor, scale or mask. One segment; the values are not looked
-  // at.
-  void (*scores)(const StreamTile& head, const StreamStep& step) = nullptr;
+  // scores = q . k of a step's keys, head by head, as stored: no factor, scale or mask. The values are not looked at.
+  void (*scores)(const StreamTile* heads, int num_heads, const StreamStep& step) = nullptr;
   // The KV heads of a step together, so that memory is read in the order in which it lies.
   void (*step)(const StreamTile* heads, int num_heads, const StreamStep& step) = nullptr;
 };

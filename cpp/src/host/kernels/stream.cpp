@@ -714,13 +714,19 @@ void stream_step(const StreamTile* heads, int num_heads, const StreamStep& step)
         });
 }
 
-void stream_scores(const StreamTile& head, const StreamStep& step) {
-  Ahead ahead(step, 1);
+void stream_scores(const StreamTile* heads, int num_heads, const StreamStep& step) {
+  Ahead ahead(step, num_heads);
   const std::int64_t row_bytes = step.dim * static_cast<std::int64_t>(size_of(step.key_dtype));
-  for_rows(head.rows, [&](auto r, std::int64_t row) {
-    const Run run{step.keys, 0, row_bytes, 0, step.count, step.count, row == 0 ? &ahead : nullptr};
-    scores_of<r>(run, head, step, row);
-  });
+  for (int s = 0; s < step.num_segments; ++s) {
+    const int first = step.segments[s].first, last = first + step.segments[s].count;
+    for (int h = 0; h < num_heads; ++h) {
+      for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
+        Ahead* fetch = row == 0 ? &ahead : nullptr;
+        scores_of<r>(Run{step.keys, h * step.key_head_stride, row_bytes, first, last, step.count, fetch}, heads[h],
+                     step, row);
+      });
+    }
+  }
 }
 
 }  // namespace
