@@ -196,6 +196,7 @@ void Topk::score(KeyScores& scores, const Item& item, float* const* at, std::ato
   const ListJob& job = jobs_[item.job];
   const std::int64_t begin = scored_begin(job), stride = job.seen() + 16;
   scores.set_query(job.request, job.query, 0, p_.num_kv_heads);
+  if (norms_ != nullptr) norms_->fetch(job.request, item.begin, item.end);
   scores.for_blocks(
       item.begin, item.end, [&](std::int64_t head, std::int64_t row, const host::RawScores& block, std::int64_t key) {
         float* out = at[head] + (key - begin);
