@@ -1,4 +1,5 @@
 // A user of the installed library: attention over a handful of tokens whose answer is known in closed form.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -39,6 +40,17 @@ int main(int argc, char** argv) {
         return 1;
       }
     }
+  }
+
+  // The longest value of those that all score alike, and the newest: what the last query reads is their mean.
+  heddle::AttentionParams call{.q = view(q), .k = view(k), .v = view(v), .out = view(out), .causal = true};
+  std::fill_n(v.begin() + kHeads * kDim, kHeads * kDim, 9.0f);
+  call.selection =
+      heddle::select::topk(call, {.budget = {.count = 2}, .metric = heddle::select::Metric::kOam, .n_recent = 1});
+  heddle::attention(call);
+  if (std::fabs(out.back() - 0.5f * (9.0f + v.back())) > 1e-5f || call.selection.density() != 9.0 / 15.0) {
+    std::fprintf(stderr, "two tokens of five: %g, density %g\n", out.back(), call.selection.density());
+    return 1;
   }
 
   try {

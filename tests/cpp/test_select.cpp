@@ -10,6 +10,7 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cases.h"
@@ -314,13 +315,70 @@ std::string check_stem(const Call& c, Random& r, double tolerance) {
   return {};
 }
 
+// Pages, windows aside: a bound is of all tokens that a request has of the page.
+std::string check_pages(const Call& c, Random& r, double tolerance) {
+  if (c.spec.left || c.spec.right) return {};
+  select::PagesOptions o{.metric = r.pick({select::Metric::kQk, select::Metric::kOam}),
+                         .n_sink = r.integer(0, 3),
+                         .n_recent = r.integer(0, 3)};
+  o.budget = random_budget(r, o.n_sink + o.n_recent);
+  o.page_size = c.spec.op == Op::kDecode ? c.spec.page_size : r.integer(1, 20);
+  const Selection selection = run(c, [&](const auto& call) { return select::pages(call, o); });
+  for (std::int64_t b = 0; b < c.spec.batch; ++b) {
+    for (std::int64_t i = 0; i < c.request(b).q_len; ++i) {
+      const std::vector<std::int64_t> keys = c.seen(b, i);
+      std::vector<std::int64_t> pages;
+      std::set<std::int64_t> always;
+      for (std::size_t n = 0; n < keys.size(); ++n) {
+        const std::int64_t page = keys[n] / o.page_size;
+        if (pages.empty() || pages.back() != page) pages.push_back(page);
+        if (keys[n] < o.n_sink || static_cast<std::int64_t>(keys.size() - n) <= o.n_recent) always.insert(page);
+      }
+      for (std::int64_t kv_head = 0; kv_head < c.spec.kv_heads; ++kv_head) {
+        std::vector<double> bounds;
+        for (const std::int64_t page : pages) {
+          const std::int64_t k0 = page * o.page_size, k1 = std::min(k0 + o.page_size, c.request(b).kv_len);
+          double bound = -kInf, longest = 0.0;
+          for (std::int64_t h = kv_head * c.group(); h < (kv_head + 1) * c.group(); ++h) {
+            double s = 0.0;
+            for (std::int64_t d = 0; d < c.spec.dim; ++d) {
+              double high = -kInf;
+              const double x = c.q(b, i, h)[d] * c.sample.scale();
+              for (std::int64_t j = k0; j < k1; ++j) high = std::max(high, x * c.k(b, j, kv_head)[d]);
+              s += high;
+            }
+            bound = std::max(bound, c.spec.softcap > 0 ? c.spec.softcap * std::tanh(s / c.spec.softcap) : s);
+          }
+          for (std::int64_t j = k0; j < k1; ++j) longest = std::max(longest, c.norm(b, j, kv_head));
+          if (o.metric == select::Metric::kOam) bound += o.beta * std::max(0.0, std::log(longest));
+          bounds.push_back(bound);
+        }
+        std::vector<std::int64_t> chosen, expected;
+        const std::vector<std::int64_t> list = list_of(selection, c, b, i, kv_head);
+        for (const std::int64_t j : list) {
+          if (chosen.empty() || chosen.back() != j / o.page_size) chosen.push_back(j / o.page_size);
+        }
+        for (const std::int64_t j : keys) {
+          if (std::binary_search(chosen.begin(), chosen.end(), j / o.page_size)) expected.push_back(j);
+        }
+        const std::int64_t tokens = std::min(wanted_of(o.budget, keys.size()), static_cast<std::int64_t>(keys.size()));
+        const std::int64_t wanted = (tokens + o.page_size - 1) / o.page_size;
+        std::string why = judge(chosen, pages, bounds, always, wanted, tolerance);
+        if (list != expected) why += "a page is not whole";
+        if (!why.empty()) return "pages: request " + std::to_string(b) + ", query " + std::to_string(i) + ": " + why;
+      }
+    }
+  }
+  return {};
+}
+
 std::string failure_of(const Case& spec) {
   const Call c(spec);
   Random r(spec.seed + 77);
   // Scores of float32 sums; rounding grows with what cancels in them.
   const double tolerance = 2e-4 * std::max(1.0, spec.spread);
   set_num_threads(static_cast<int>(spec.threads));
-  for (const auto& check : {check_topk, check_indexer, check_stem}) {
+  for (const auto& check : {check_topk, check_indexer, check_stem, check_pages}) {
     if (std::string why = check(c, r, tolerance); !why.empty()) return why;
   }
   return {};
@@ -347,6 +405,50 @@ TEST(Select, RandomCalls) {
   }
   set_host_isa("auto");
   set_num_threads(0);
+}
+
+// The code and the argument of the error that `call` throws.
+template <class Fn>
+std::pair<ErrorCode, std::string> refusal(Fn&& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return {error.code(), error.argument()};
+  }
+  return {ErrorCode::kRuntime, "nothing was refused"};
+}
+
+TEST(Select, Refusals) {
+  using Refusal = std::pair<ErrorCode, std::string>;
+  std::vector<double> x(2 * 6 * 4 * 8, 0.5);
+  std::vector<float> weights(2 * 6 * 4, 1.0f);
+  const auto call = [&](DType dtype, Device device, std::int64_t heads = 2) {
+    return AttentionParams{.q = TensorView(x.data(), dtype, {2, 6, 4, 8}, device),
+                           .k = TensorView(x.data(), dtype, {2, 6, heads, 8}, device),
+                           .v = TensorView(x.data(), dtype, {2, 6, heads, 8}, device)};
+  };
+  const select::TopkOptions three{.budget = {.count = 3}};
+  AttentionParams good = call(DType::kFloat32, {});
+  EXPECT_NO_THROW(select::topk(good, three));
+  EXPECT_EQ(refusal([&] { select::topk(call(DType::kFloat64, {}), three); }), Refusal(ErrorCode::kDType, "q"));
+  const Device gpu{DeviceType::kCuda, 0};
+  EXPECT_EQ(refusal([&] { select::topk(call(DType::kFloat32, gpu), three); }), Refusal(ErrorCode::kUnsupported, "q"));
+  EXPECT_EQ(refusal([&] { select::stem(call(DType::kFloat32, gpu), {}); }), Refusal(ErrorCode::kUnsupported, "q"));
+  EXPECT_EQ(refusal([&] { select::topk(good, {}); }), Refusal(ErrorCode::kValue, "budget"));
+  EXPECT_EQ(refusal([&] { select::topk(good, {.budget = {.count = 3, .fraction = 0.5}}); }),
+            Refusal(ErrorCode::kValue, "budget"));
+  EXPECT_EQ(refusal([&] { select::topk(good, {.budget = {.fraction = NAN}}); }), Refusal(ErrorCode::kValue, "budget"));
+  EXPECT_EQ(refusal([&] { select::topk(good, {.budget = {.count = 3}, .norm = select::Norm::kZScore}); }),
+            Refusal(ErrorCode::kValue, "norm"));
+  EXPECT_EQ(refusal([&] { select::topk(DecodeParams{.q = good.q}, three); }), Refusal(ErrorCode::kValue, "cache"));
+  EXPECT_EQ(refusal([&] { select::pages(good, {.budget = {.count = 3}}); }), Refusal(ErrorCode::kValue, "page_size"));
+  EXPECT_EQ(refusal([&] { select::indexer(good, {.budget = {.count = 3}}); }), Refusal(ErrorCode::kShape, "k"));
+  const AttentionParams index = call(DType::kFloat32, {}, 1);
+  EXPECT_EQ(refusal([&] { select::indexer(index, {.budget = {.count = 3}}); }), Refusal(ErrorCode::kShape, "weights"));
+  EXPECT_NO_THROW(select::indexer(
+      index, {.budget = {.count = 3}, .weights = TensorView(weights.data(), DType::kFloat32, {2, 6, 4})}));
+  good.selection = Selection::window(3);
+  EXPECT_EQ(refusal([&] { select::topk(good, three); }), Refusal(ErrorCode::kValue, "selection"));
 }
 
 TEST(Select, ExactTopK) {

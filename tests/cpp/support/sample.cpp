@@ -225,7 +225,8 @@ void Sample::make_cache(Random& r) {
                                                  .head_dim = c_.dim,
                                                  .head_dim_v = c_.dim_v,
                                                  .format = c_.format,
-                                                 .partition = c_.cache_partition});
+                                                 .partition = c_.cache_partition,
+                                                 .page_bounds = true});
   for (std::int64_t b = 0; b < c_.batch; ++b) {
     // In two steps, so that pages and partitions are continued.
     const std::int64_t begin = b == 0 ? 0 : shared * c_.page_size, end = requests_[b].kv_len;
