@@ -8,6 +8,10 @@
 #include "core/check.h"
 #include "heddle/error.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace heddle::python {
 namespace {
 
@@ -344,9 +348,25 @@ void require_same_kind(const Array& array, const char* argument, const Array& ex
   }
 }
 
+// A wish, as numpy makes it for its own arrays: new memory in small pages costs as much as some of the work that fills
+// it.
+void ask_for_huge_pages([[maybe_unused]] const TensorView& view) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t kPage = 4096;
+  constexpr std::uintptr_t kLeast = 4 << 20;
+  const auto first = (reinterpret_cast<std::uintptr_t>(view.data) + kPage - 1) / kPage * kPage;
+  const std::uintptr_t bytes = static_cast<std::uintptr_t>(view.numel()) * size_of(view.dtype);
+  if (view.device.type == DeviceType::kCpu && bytes >= kLeast) {
+    madvise(reinterpret_cast<void*>(first), bytes / kPage * kPage - kPage, MADV_HUGEPAGE);
+  }
+#endif
+}
+
 Array empty(std::span<const std::int64_t> shape, DType dtype, const Array& like) {
   if (like.kind == Kind::kTorch) {
-    return from_torch(empty_torch(shape, dtype, like), "out");
+    Array array = from_torch(empty_torch(shape, dtype, like), "out");
+    ask_for_huge_pages(array.view);
+    return array;
   }
   if (like.view.device.type != DeviceType::kCpu) {
     fail(ErrorCode::kUnsupported, "out",

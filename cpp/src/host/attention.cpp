@@ -31,7 +31,8 @@ constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Keys and values packed at a time: bounds the memory of a call whatever its length.
+// Keys and values packed at a time, and partial results kept at a time (or those of one row tile, if they are more):
+// bounds the memory of a call whatever its length.
 constexpr std::size_t kPackBudget = std::size_t{64} << 20;
 
 // Keys whose places are looked up at a time: the stream kernels fetch ahead among them.
@@ -88,8 +89,10 @@ struct PackedTile {
   float* key_scale = nullptr;  // [64] or null
 };
 
-// Partial results of one split of a unit: o [rows][columns], then m and l [rows].
+// Partial results of a row tile whose keys are split: of each split and row, o [columns], m and l.
 struct Partials {
+  std::int32_t unit = 0;
+  std::int64_t first_row = 0;  // of the unit
   float* base = nullptr;
   std::int64_t splits = 0, rows = 0, columns = 0;
   float* o(std::int64_t split, std::int64_t row) const { return base + (split * rows + row) * (columns + 2); }
@@ -126,7 +129,8 @@ struct KeyRun {
 // side by side.
 struct Item {
   WorkItem work;
-  std::int32_t units = 1;  // from work.unit on
+  std::int32_t units = 1;              // from work.unit on
+  const Partials* partials = nullptr;  // of its units, or null: not split
 };
 
 class Attention {
@@ -139,7 +143,7 @@ class Attention {
         formats_(choose_formats(problem, tile_.native_words)),
         stream_qk_(formats_.qk != Math::kBFloat16 || problem.k.dtype == DType::kBFloat16 ? formats_.qk
                                                                                          : Math::kFloat32),
-        stream_pv_(formats_.pv != Math::kBFloat16            ? Math::kFloat32
+        stream_pv_(formats_.pv != Math::kBFloat16        ? Math::kFloat32
                    : problem.v.dtype == DType::kBFloat16 ? Math::kBFloat16
                    : problem.v.dtype == DType::kInt8     ? Math::kInt8
                                                          : Math::kFloat32),
@@ -170,8 +174,8 @@ class Attention {
   void copy_scales(const Rows& rows, std::int64_t head, std::span<const KeyRun> runs, std::int64_t first,
                    std::int64_t count, float* out) const;
   bool pack_tile(const Unit& unit, std::int64_t tile, const PackedTile& out, Scratch& s) const;
-  void run_item(const Item& item, const PackGroup* group, std::span<const Partials> partials, Scratch& s) const;
-  void finish_rows(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t split, const Partials& partials,
+  void run_item(const Item& item, const PackGroup* group, Scratch& s) const;
+  void finish_rows(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t split, const Partials* partials,
                    Scratch& s) const;
   void prepare_rows(const Unit& unit, std::int64_t row, std::int64_t rows, bool stream, Scratch& s) const;
   void run_tiles(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t k0, std::int64_t k1,
@@ -179,7 +183,7 @@ class Attention {
   void run_stream(std::span<const Unit> units, std::int64_t k0, std::int64_t k1, Scratch& s) const;
   Scratch rows_from(const Scratch& s, std::int64_t row) const;
   void write_row(const Unit& unit, std::int64_t row, float* o, float m, float l) const;
-  void merge_rows(const Unit& unit, const Partials& partials, std::int64_t row, float* o) const;
+  void merge_rows(const Partials& partials, std::int64_t row, float* o) const;
 
   // Tiles and masks, whether the unit reads all keys or a list.
   void tiles_of(const Unit& unit, const Visibility& seen, std::int64_t q0, std::int64_t q1, std::int64_t k0,
@@ -262,10 +266,12 @@ std::vector<PackGroup> Attention::make_groups() const {
   for (std::size_t u = 0; u < plan_.units.size(); ++u) {
     const Unit& unit = plan_.units[u];
     const auto index = static_cast<std::int32_t>(u);
+    const std::int64_t tiles = (unit.keys + kTileKeys - 1) / kTileKeys;
     if (!groups.empty()) {
       const Unit& last = plan_.units[static_cast<std::size_t>(groups.back().unit)];
       if (last.request == unit.request && last.kv_head == unit.kv_head && last.query == unit.query) {
         groups.back().units.push_back(index);
+        if (!streams(unit)) groups.back().tiles = tiles;
         continue;
       }
     }
@@ -273,7 +279,7 @@ std::vector<PackGroup> Attention::make_groups() const {
     group.unit = index;
     group.units = {index};
     // Packing ahead pays if a packed tile is read more than once.
-    if (!streams(unit) && plan_.row_tiles(unit) > 1) group.tiles = (unit.keys + kTileKeys - 1) / kTileKeys;
+    if (!streams(unit) && plan_.row_tiles(unit) > 1) group.tiles = tiles;
     groups.push_back(std::move(group));
   }
   return groups;
@@ -342,7 +348,8 @@ std::vector<Item> Attention::make_items(std::span<const std::int32_t> units) con
       if (!follows(plan_.units[static_cast<std::size_t>(units[last])])) break;
     }
     const std::vector<WorkItem> work = plan_.items(units.subspan(first, streams(unit) ? 1 : last - first));
-    for (const WorkItem& item : work) items.push_back({item, static_cast<std::int32_t>(streams(unit) ? last - first : 1)});
+    for (const WorkItem& item : work)
+      items.push_back({item, static_cast<std::int32_t>(streams(unit) ? last - first : 1)});
   }
   return items;
 }
@@ -372,36 +379,9 @@ void Attention::run_chunk(std::vector<PackGroup>& groups, const std::vector<std:
     }
   }
 
-  // Partial results of units whose keys are split.
-  static thread_local Workspace partial_workspace;
-  std::vector<Partials> partials(plan_.units.size());
-  struct MergeItem {
-    std::int32_t unit;
-    std::int64_t row;
-  };
-  std::vector<MergeItem> merges;
-  std::size_t partial_floats = 0;
-  for (const std::int32_t u : units) {
-    const Unit& unit = plan_.units[static_cast<std::size_t>(u)];
-    Partials& part = partials[static_cast<std::size_t>(u)];
-    part.splits = plan_.splits(unit);
-    part.rows = unit.rows();
-    part.columns = columns_;
-    if (part.splits > 1) partial_floats += static_cast<std::size_t>(part.splits * part.rows * (columns_ + 2));
-  }
-  float* at = reinterpret_cast<float*>(partial_workspace.reserve(partial_floats * sizeof(float)));
-  for (const std::int32_t u : units) {
-    Partials& part = partials[static_cast<std::size_t>(u)];
-    if (part.splits == 1) continue;
-    part.base = at;
-    at += part.splits * part.rows * (columns_ + 2);
-    for (std::int64_t row = 0; row < part.rows; ++row) merges.push_back({u, row});
-  }
-
   std::vector<Item> items = make_items(units);
   const ScheduleKind kind = p_.schedule.kind;
   if (kind == ScheduleKind::kTile) std::reverse(items.begin(), items.end());
-  const auto num_items = static_cast<std::int64_t>(items.size()), num_pack = static_cast<std::int64_t>(pack.size());
   // Little work is done sooner by one thread than by waking another.
   constexpr double kWorkPerThread = 1 << 20;  // multiply-adds
   double work = 0.0;
@@ -430,20 +410,49 @@ void Attention::run_chunk(std::vector<PackGroup>& groups, const std::vector<std:
       tile_.end_thread();
     });
   };
-  phase(num_pack, false, [&](std::int64_t i, Scratch& s) {
+  phase(static_cast<std::int64_t>(pack.size()), false, [&](std::int64_t i, Scratch& s) {
     const auto& [group, tile] = pack[static_cast<std::size_t>(i)];
     group->finite[static_cast<std::size_t>(tile)] =
         pack_tile(plan_.units[static_cast<std::size_t>(group->unit)], tile, packed_tile(*group, tile), s);
   });
-  phase(num_items, kind == ScheduleKind::kStatic, [&](std::int64_t i, Scratch& s) {
-    const Item& item = items[static_cast<std::size_t>(i)];
-    run_item(item, group_of[static_cast<std::size_t>(item.work.unit)], partials, s);
-  });
-  phase(static_cast<std::int64_t>(merges.size()), false, [&](std::int64_t i, Scratch& s) {
-    const MergeItem& item = merges[static_cast<std::size_t>(i)];
-    merge_rows(plan_.units[static_cast<std::size_t>(item.unit)], partials[static_cast<std::size_t>(item.unit)],
-               item.row, s.o);
-  });
+  // Items by waves that keep so many partial results. The splits of a row tile lie side by side.
+  static thread_local Workspace partial_workspace;
+  std::vector<Partials> partials;
+  partials.reserve(units.size() + items.size());  // items point into it
+  std::vector<std::pair<const Partials*, std::int64_t>> merges;
+  for (std::size_t first = 0, last; first < items.size(); first = last) {
+    partials.clear();
+    merges.clear();
+    std::size_t floats = 0;
+    for (last = first; last < items.size();) {
+      const Item& item = items[last];
+      const Unit& unit = plan_.units[static_cast<std::size_t>(item.work.unit)];
+      const std::int64_t splits = plan_.splits(unit), row = item.work.row_tile * plan_.row_tile,
+                         rows = std::min(plan_.row_tile, unit.rows() - row);
+      const auto need = static_cast<std::size_t>(splits > 1 ? item.units * splits * rows * (columns_ + 2) : 0);
+      if (floats > 0 && (floats + need) * sizeof(float) > kPackBudget) break;
+      floats += need;
+      const Partials* kept = splits > 1 ? partials.data() + partials.size() : nullptr;
+      for (std::int32_t i = 0; kept != nullptr && i < item.units; ++i) {
+        partials.push_back({item.work.unit + i, row, nullptr, splits, rows, columns_});
+      }
+      for (std::int64_t s = 0; s < splits; ++s) items[last++].partials = kept;
+    }
+    float* at = reinterpret_cast<float*>(partial_workspace.reserve(floats * sizeof(float)));
+    for (Partials& part : partials) {
+      part.base = at;
+      at += part.splits * part.rows * (columns_ + 2);
+      for (std::int64_t row = 0; row < part.rows; ++row) merges.emplace_back(&part, row);
+    }
+    phase(static_cast<std::int64_t>(last - first), kind == ScheduleKind::kStatic, [&](std::int64_t i, Scratch& s) {
+      const Item& item = items[first + static_cast<std::size_t>(i)];
+      run_item(item, group_of[static_cast<std::size_t>(item.work.unit)], s);
+    });
+    phase(static_cast<std::int64_t>(merges.size()), false, [&](std::int64_t i, Scratch& s) {
+      const auto& [part, row] = merges[static_cast<std::size_t>(i)];
+      merge_rows(*part, row, s.o);
+    });
+  }
   partial_workspace.trim(kPackBudget);
 }
 
@@ -514,7 +523,7 @@ void Attention::copy_scales(const Rows& rows, std::int64_t head, std::span<const
     const std::int64_t begin = std::max(run.first, first), end = std::min(run.first + run.count, first + count);
     if (begin < end && rows.partition == 1 && rows.scale_group_stride == 1) {
       const float* scales = rows.scale + run.page * rows.scale_page_stride + head * rows.scale_head_stride;
-      std::copy_n(scales + run.slot + begin - run.first, end - begin, out + begin - first);
+      for (std::int64_t i = begin; i < end; ++i) out[i - first] = scales[run.slot + i - run.first];
       continue;
     }
     for (std::int64_t i = begin; i < end; ++i) out[i - first] = rows.scale_of(run.page, head, run.slot + i - run.first);
@@ -605,8 +614,7 @@ void Attention::prepare_rows(const Unit& unit, std::int64_t row, std::int64_t ro
   }
 }
 
-void Attention::run_item(const Item& item, const PackGroup* group, std::span<const Partials> partials,
-                         Scratch& s) const {
+void Attention::run_item(const Item& item, const PackGroup* group, Scratch& s) const {
   const auto first = static_cast<std::size_t>(item.work.unit);
   const std::span units = std::span(plan_.units).subspan(first, static_cast<std::size_t>(item.units));
   const Unit& unit = units.front();
@@ -616,7 +624,7 @@ void Attention::run_item(const Item& item, const PackGroup* group, std::span<con
   if (!streams(unit)) {
     prepare_rows(unit, row, rows, false, s);
     if (k0 < k1) run_tiles(unit, row, rows, k0, k1, group, s);
-    return finish_rows(unit, row, rows, item.work.split, partials[first], s);
+    return finish_rows(unit, row, rows, item.work.split, item.partials, s);
   }
   const std::int64_t stride = stream_rows(rows);
   for (std::size_t i = 0; i < units.size(); ++i) {
@@ -626,13 +634,13 @@ void Attention::run_item(const Item& item, const PackGroup* group, std::span<con
   if (k0 < k1) run_stream(units, k0, k1, s);
   for (std::size_t i = 0; i < units.size(); ++i) {
     Scratch part = rows_from(s, static_cast<std::int64_t>(i) * stride);
-    finish_rows(units[i], 0, rows, item.work.split, partials[first + i], part);
+    finish_rows(units[i], 0, rows, item.work.split, item.partials == nullptr ? nullptr : item.partials + i, part);
   }
 }
 
 // Writes the rows, or leaves them to be merged.
 void Attention::finish_rows(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t split,
-                            const Partials& partials, Scratch& s) const {
+                            const Partials* partials, Scratch& s) const {
   // Values as they are, not as they are stored: o * scale + l * mean.
   const Place first = unit.keys > 0 ? place(unit, 0) : Place{0, 0};
   const float* mean = unit.keys > 0 ? p_.v.mean_of(first.page, unit.kv_head) : nullptr;
@@ -643,12 +651,12 @@ void Attention::finish_rows(const Unit& unit, std::int64_t row, std::int64_t row
         o[c] = o[c] * value_factor_ + (mean == nullptr || s.l[r] == 0.0f ? 0.0f : s.l[r] * mean[c]);
       }
     }
-    if (partials.splits <= 1) {
+    if (partials == nullptr) {
       write_row(unit, row + r, o, s.m[r], s.l[r]);
     } else {
-      std::memcpy(partials.o(split, row + r), o, static_cast<std::size_t>(columns_) * sizeof(float));
-      *partials.m(split, row + r) = s.m[r];
-      *partials.l(split, row + r) = s.l[r];
+      std::memcpy(partials->o(split, r), o, static_cast<std::size_t>(columns_) * sizeof(float));
+      *partials->m(split, r) = s.m[r];
+      *partials->l(split, r) = s.l[r];
     }
   }
 }
@@ -860,7 +868,7 @@ void Attention::write_row(const Unit& unit, std::int64_t row, float* o, float m,
 }
 
 // Splits in order, whoever computed them.
-void Attention::merge_rows(const Unit& unit, const Partials& partials, std::int64_t row, float* o) const {
+void Attention::merge_rows(const Partials& partials, std::int64_t row, float* o) const {
   float m = -kInfinity;
   for (std::int64_t split = 0; split < partials.splits; ++split) m = std::max(m, *partials.m(split, row));
   float l = 0.0f;
@@ -873,7 +881,7 @@ void Attention::merge_rows(const Unit& unit, const Partials& partials, std::int6
     l += part_l * weight;
     for (std::int64_t c = 0; c < p_.v.dim; ++c) o[c] += part[c] * weight;
   }
-  write_row(unit, row, o, m, l);
+  write_row(plan_.units[static_cast<std::size_t>(partials.unit)], partials.first_row + row, o, m, l);
 }
 
 }  // namespace

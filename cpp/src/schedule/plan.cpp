@@ -8,14 +8,19 @@ namespace heddle {
 namespace {
 
 // A request with few rows (decode) is cut along its keys so that one long request can use every worker. One with
-// several row tiles has enough parallel work without.
+// several row tiles is cut less, and not at all where its row tiles and heads are enough parallel work.
 constexpr std::int64_t kSplitKeys = 1024;
+constexpr std::int64_t kTileSplitKeys = 2048;
+constexpr std::int64_t kEnoughItems = 64;
 
 }  // namespace
 
 std::int64_t Plan::split_size(const Unit& unit) const {
   if (split_keys > 0) return (split_keys + 63) / 64 * 64;
-  return row_tiles(unit) > 1 ? std::max<std::int64_t>(unit.keys, 1) : kSplitKeys;
+  if (row_tiles(unit) == 1) return kSplitKeys;
+  const std::int64_t items = row_tiles(unit) * heads;
+  if (items >= kEnoughItems) return std::max<std::int64_t>(unit.keys, 1);
+  return std::max(kTileSplitKeys, (unit.keys * items / kEnoughItems + 63) / 64 * 64);
 }
 
 std::int64_t Plan::splits(const Unit& unit) const {
@@ -54,6 +59,7 @@ Plan make_plan(const Problem& problem, std::int64_t row_tile) {
   plan.split_keys = problem.schedule.split_size;
   const bool lists = has_token_lists(problem), per_query = token_lists_per_query(problem);
   const std::int32_t heads = Visibility::shared_by_group(problem) ? static_cast<std::int32_t>(problem.group()) : 1;
+  plan.heads = problem.num_q_heads / heads;
   for (std::int32_t b = 0; b < static_cast<std::int32_t>(problem.requests.size()); ++b) {
     const Request& request = problem.requests[b];
     if (request.q_len == 0) continue;

@@ -37,6 +37,7 @@ struct Plan {
   std::vector<Unit> units;
   std::int64_t row_tile = 0;    // rows of a row tile
   std::int64_t split_keys = 0;  // keys of a split, or 0: the plan's choice
+  std::int64_t heads = 0;       // units of a request that read different keys: one a KV head, or one a query head
 
   // Splits of a row tile of this unit.
   std::int64_t splits(const Unit& unit) const;

@@ -28,8 +28,8 @@ Visibility::Visibility(const Problem& problem, std::int64_t request, std::int64_
     : q_len_(problem.requests[request].q_len),
       kv_len_(problem.requests[request].kv_len),
       offset_(kv_len_ - q_len_),
-      causal_(problem.causal),
-      window_(problem.window),
+      left_(problem.window.left.value_or(kFar)),
+      right_(std::min(problem.window.right.value_or(kFar), problem.causal ? 0 : kFar)),
       kind_(&problem.selection->kind()) {
   if (const auto* sel = std::get_if<select::BlockMask>(kind_)) {
     const TensorView& mask = sel->mask;
@@ -62,11 +62,7 @@ bool Visibility::block(std::int64_t i, std::int64_t j) const {
 
 Visibility::Span Visibility::allowed(std::int64_t query) const {
   const std::int64_t p = query + offset_;
-  Span s{0, kv_len_};
-  if (causal_) s.end = std::min(s.end, p + 1);
-  if (window_.left) s.begin = std::max(s.begin, p - *window_.left);
-  if (window_.right) s.end = std::min(s.end, p + *window_.right + 1);
-  return s;
+  return {std::max<std::int64_t>(0, p - left_), std::min(kv_len_, p + right_ + 1)};
 }
 
 Visibility::Span Visibility::selected(std::int64_t query) const {

@@ -52,8 +52,7 @@ class Visibility {
   bool block(std::int64_t i, std::int64_t j) const;
 
   std::int64_t q_len_, kv_len_, offset_;  // query i stands at i + offset_
-  bool causal_;
-  Window window_;
+  std::int64_t left_, right_;             // of causality and the window argument together
   const Selection::Kind* kind_;
   const bool* blocks_ = nullptr;  // the block mask of this request and head
   std::int64_t block_row_stride_ = 0, block_col_stride_ = 0;

@@ -59,25 +59,23 @@ HEDDLE_INLINE F load_some(const std::byte* p, std::int64_t n) {
   return load_elements<dtype>(buffer);
 }
 
-#ifndef XD
-#define XD 8192
-#endif
-#ifndef XL
-#define XL 3
-#endif
+// What is fetched ahead, and where to: tuned on Zen 5; the processors with matrix units are the ones on which 4 KiB
+// into the second-level cache was better.
+inline constexpr bool kMatrixUnits = HEDDLE_ISA_LEVEL >= 4;
+inline constexpr std::int64_t kBytesAhead = kMatrixUnits ? 4096 : 8192;
+inline constexpr std::int64_t kBeginBytes = 4096;  // of the next segment, while this one is in work
+
+HEDDLE_INLINE void fetch_line(const std::byte* p) { __builtin_prefetch(p, 0, kMatrixUnits ? 2 : 3); }
+
 // The rows that will be read so many bytes after the ones in work. Their lines are fetched one by one between the
 // arithmetic, in the order of their use: a processor can wait for few lines at once, and a burst of them holds up the
 // loads behind it. By itself it only follows rows that it has begun.
-HEDDLE_INLINE void fetch_line(const std::byte* p) { __builtin_prefetch(p, 0, XL); }
-
 class Ahead {
  public:
-  static constexpr std::int64_t kBytes = XD;
-
   Ahead(const StreamStep& step, int num_heads) : step_(step), num_heads_(num_heads) {
     begin_phase(kKeys);
     const std::int64_t row_bytes = step.dim * static_cast<std::int64_t>(size_of(step.key_dtype));
-    skip(static_cast<int>(kBytes / row_bytes) / 4 * 4);  // the step before has fetched them
+    skip(static_cast<int>(kBytesAhead / row_bytes) / 4 * 4);  // the step before has fetched them
   }
 
   // Lines to fetch one by one: p, p + inc, ...
@@ -95,11 +93,13 @@ class Ahead {
   // The next n rows. Where they do not follow one another, all of them are fetched now.
   HEDDLE_INLINE Lines take(int n, std::int64_t row_bytes) {
     const std::byte* first = rows_[key_] + offset_;
-    if (n < last_ - key_ && rows_[key_ + n - 1] + offset_ == first + (n - 1) * row_bytes) {
-      key_ += n;
-      return {first, 64};
+    if (n > last_ - key_ || rows_[key_ + n - 1] + offset_ != first + (n - 1) * row_bytes) {
+      take_pieces(n, row_bytes);
+      return {first, 0};
     }
-    return take_pieces(n, row_bytes);
+    key_ += n;
+    if (key_ == last_) next_run();
+    return {first, 64};
   }
 
  private:
@@ -124,20 +124,13 @@ class Ahead {
       if (key_ == last_) next_run();
     }
   }
-  __attribute__((noinline)) Lines take_pieces(int n, std::int64_t row_bytes) {
-    const std::byte* first = rows_[key_] + offset_;
-    const bool one = n == last_ - key_ && rows_[key_ + n - 1] + offset_ == first + (n - 1) * row_bytes;
-    for (; n > 0 && !one; --n) {
+  __attribute__((noinline)) void take_pieces(int n, std::int64_t row_bytes) {
+    for (; n > 0; --n) {
       for (std::int64_t b = 0; b < row_bytes; b += 64) fetch_line(rows_[key_] + offset_ + b);
       if (++key_ == last_) next_run();
     }
-    if (one) {
-      key_ += n;
-      next_run();
-    }
-    return {first, one ? 64 : 0};
   }
-  void next_run() {
+  __attribute__((noinline)) void next_run() {
     if (phase_ != kNothing) {
       if (++head_ < num_heads_) return begin_run();
       head_ = 0;
@@ -462,28 +455,28 @@ void add_bf16_values(const Run& run, const StreamTile& tile, std::int64_t row, s
           for (int n = 0; n < 4; ++n) acc[r][n] = (F)_mm512_dpbf16_ps((__m512)acc[r][n], w, (__m512bh)x[n]);
         }
       }
-      if (last < run.count) {
-        HEDDLE_UNROLL
-        for (int r = 0; r < R; ++r) {
-          HEDDLE_UNROLL
-          for (int n = 0; n < 4; ++n) store(sums + r * stride + 16 * n, acc[r][n]);
-        }
-        continue;
-      }
-      // Lane 4 i + k of the lower (upper) half holds column 8 i + k (8 i + 4 + k).
-      const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-      const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
       HEDDLE_UNROLL
       for (int r = 0; r < R; ++r) {
-        float* o = tile.o + (row + r) * tile.columns;
         HEDDLE_UNROLL
-        for (int n = 0; n < 4; n += 2) {
-          const __m512 a = (__m512)acc[r][n], b = (__m512)acc[r][n + 1];
-          const float alpha = tile.alpha[row + r];
-          update(o, c + 16 * n, tile.columns, alpha, 1.0f, _mm512_permutex2var_ps(a, lower, b));
-          update(o, c + 16 * n + 16, tile.columns, alpha, 1.0f, _mm512_permutex2var_ps(a, upper, b));
-        }
+        for (int n = 0; n < 4; ++n) store(sums + r * stride + 16 * n, acc[r][n]);
       }
+    }
+  }
+}
+
+// o = alpha o + sums, at the end of a step.
+void finish_bf16_values(const StreamTile& tile, std::int64_t dim) {
+  const std::int64_t stride = stream_dim(dim);
+  // Of two vectors of a pair of keys, lane 4 i + k of the lower (upper) one holds column 8 i + k (8 i + 4 + k).
+  const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (std::int64_t r = 0; r < tile.rows; ++r) {
+    for (std::int64_t c = 0; c < dim; c += 32) {
+      const float* sums = tile.sums + r * stride + c;
+      const __m512 a = _mm512_loadu_ps(sums), b = _mm512_loadu_ps(sums + 16);
+      float* o = tile.o + r * tile.columns;
+      update(o, c, tile.columns, tile.alpha[r], 1.0f, _mm512_permutex2var_ps(a, lower, b));
+      update(o, c + 16, tile.columns, tile.alpha[r], 1.0f, _mm512_permutex2var_ps(a, upper, b));
     }
   }
 }
@@ -503,9 +496,14 @@ void add_int8_values(const Run& run, const StreamTile& tile, std::int64_t row, s
       const std::int64_t left = dim - c;
       const __mmask64 mask = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
       auto* sums = reinterpret_cast<std::int32_t*>(tile.sums) + row * stride + c;
-      I total[R][4];
       const auto multiply = [&](auto half) {
-        I upper[R][2] = {}, lower[R][2] = {};
+        I upper[R][2] = {}, lower[R][2];
+        HEDDLE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          HEDDLE_UNROLL
+          for (int n = 0; n < 2; ++n)
+            lower[r][n] = first == 0 ? I{} : load_int(sums + r * stride + 16 * (2 * half + n));
+        }
         for (int j = first; j < last; j += 4) {
           ahead.fetch<2>();
           __m512i v[4];
@@ -538,31 +536,34 @@ void add_int8_values(const Run& run, const StreamTile& tile, std::int64_t row, s
         for (int r = 0; r < R; ++r) {
           HEDDLE_UNROLL
           for (int n = 0; n < 2; ++n) {
-            constexpr int kAt = 2 * half;
-            total[r][kAt + n] = (upper[r][n] << 8) + lower[r][n];
-            if (first > 0) total[r][kAt + n] += load_int(sums + r * stride + 16 * (kAt + n));
-            if (last < run.count) store(sums + r * stride + 16 * (kAt + n), total[r][kAt + n]);
+            store(sums + r * stride + 16 * (2 * half + n), (upper[r][n] << 8) + lower[r][n]);
           }
         }
       };
       multiply(std::integral_constant<int, 0>{});
       multiply(std::integral_constant<int, 1>{});
-      if (last < run.count) continue;
+    }
+  }
+}
+
+// o = alpha o + weight sums, at the end of a step.
+void finish_int8_values(const StreamTile& tile, std::int64_t dim) {
+  const std::int64_t stride = stream_dim(dim);
+  for (std::int64_t r = 0; r < tile.rows; ++r) {
+    for (std::int64_t c = 0; c < dim; c += 64) {
       // Vector n holds, in lane 4 i + k, column 16 i + 4 n + k: a transposition of 128-bit lanes.
+      __m512 x[4];
       HEDDLE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        __m512 x[4];
-        HEDDLE_UNROLL
-        for (int n = 0; n < 4; ++n) x[n] = _mm512_cvtepi32_ps((__m512i)total[r][n]);
-        const __m512 a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[2], x[3], 0x44);
-        const __m512 d = _mm512_shuffle_f32x4(x[0], x[1], 0xee), e = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
-        const __m512 out[4] = {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd),
-                               _mm512_shuffle_f32x4(d, e, 0x88), _mm512_shuffle_f32x4(d, e, 0xdd)};
-        float* o = tile.o + (row + r) * tile.columns;
-        HEDDLE_UNROLL
-        for (int n = 0; n < 4; ++n) {
-          update(o, c + 16 * n, tile.columns, tile.alpha[row + r], tile.weight[row + r], out[n]);
-        }
+      for (int n = 0; n < 4; ++n) {
+        x[n] = _mm512_cvtepi32_ps(_mm512_loadu_si512(tile.sums + r * stride + c + 16 * n));
+      }
+      const __m512 a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[2], x[3], 0x44);
+      const __m512 d = _mm512_shuffle_f32x4(x[0], x[1], 0xee), e = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
+      const __m512 out[4] = {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd),
+                             _mm512_shuffle_f32x4(d, e, 0x88), _mm512_shuffle_f32x4(d, e, 0xdd)};
+      HEDDLE_UNROLL
+      for (int n = 0; n < 4; ++n) {
+        update(tile.o + r * tile.columns, c + 16 * n, tile.columns, tile.alpha[r], tile.weight[r], out[n]);
       }
     }
   }
@@ -673,60 +674,70 @@ void softmax(const StreamTile& tile, const StreamStep& step, int head) {
   for (std::int64_t r = tile.rows; r < stream_rows(tile.rows); ++r) tile.alpha[r] = tile.weight[r] = 1.0f;
 }
 
-void stream_step(const StreamTile* heads, int num_heads, const StreamStep& step) {
-  Ahead ahead(step, num_heads);
-  // Keys, then values, in the order in which they lie: segment by segment, and in each head by head.
-  const auto visit = [&](const std::byte* const* rows, std::int64_t head_stride, std::int64_t row_bytes, auto&& body) {
-    for (int s = 0; s < step.num_segments; ++s) {
-      const StreamSegment& segment = step.segments[s];
-      for (int h = 0; h < num_heads; ++h) {
-        body(Run{rows, h * head_stride, row_bytes, segment.first, segment.first + segment.count, step.count, nullptr},
-             h);
+// Calls body(run, head) for rows in the order in which they lie: segment by segment, and in each head by head. `after`
+// is what will be read next, if anything.
+template <class Body>
+HEDDLE_INLINE void for_runs(const StreamStep& step, int num_heads, const std::byte* const* rows,
+                            std::int64_t head_stride, std::int64_t row_bytes, const std::byte* after, Body&& body) {
+  for (int s = 0; s < step.num_segments; ++s) {
+    const StreamSegment& segment = step.segments[s];
+    const std::byte* next = s + 1 < step.num_segments ? rows[step.segments[s + 1].first] : after;
+    for (int h = 0; h < num_heads; ++h) {
+      // The processor needs a while to follow a new place in memory: the next segment is begun meanwhile.
+      for (std::int64_t b = kBeginBytes * h / num_heads; next != nullptr && b < kBeginBytes * (h + 1) / num_heads;
+           b += 64) {
+        fetch_line(next + b);
       }
+      body(Run{rows, h * head_stride, row_bytes, segment.first, segment.first + segment.count, step.count, nullptr}, h);
     }
-  };
-  visit(step.keys, step.key_head_stride, step.dim * static_cast<std::int64_t>(size_of(step.key_dtype)),
-        [&](Run run, int h) {
-          for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
-            run.ahead = row == 0 ? &ahead : nullptr;
-            scores_of<r>(run, heads[h], step, row);
-          });
-        });
-  bool done[kStreamHeads] = {};
-  visit(step.values, step.value_head_stride, step.dim_v * static_cast<std::int64_t>(size_of(step.value_dtype)),
-        [&](Run run, int h) {
-          if (run.first == 0) {
-            done[h] = step.bits != nullptr && !values_finite(step, run.offset);
-            if (step.pv == Math::kFloat32 || done[h]) {
-              softmax<Math::kFloat32>(heads[h], step, h);
-            } else if (step.pv == Math::kBFloat16) {
-              softmax<Math::kBFloat16>(heads[h], step, h);
-            } else {
-              softmax<Math::kInt8>(heads[h], step, h);
-            }
-            if (done[h]) add_visible(heads[h], step, run.offset);
-          }
-          if (done[h]) return;
-          for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
-            run.ahead = row == 0 ? &ahead : nullptr;
-            values_of<r>(run, heads[h], step, row);
-          });
-        });
+  }
+}
+
+void scores_of_heads(const StreamTile* heads, int num_heads, const StreamStep& step, const std::byte* after,
+                     Ahead& ahead) {
+  for_runs(step, num_heads, step.keys, step.key_head_stride,
+           step.dim * static_cast<std::int64_t>(size_of(step.key_dtype)), after, [&](Run run, int h) {
+             for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
+               run.ahead = row == 0 ? &ahead : nullptr;
+               scores_of<r>(run, heads[h], step, row);
+             });
+           });
 }
 
 void stream_scores(const StreamTile* heads, int num_heads, const StreamStep& step) {
   Ahead ahead(step, num_heads);
-  const std::int64_t row_bytes = step.dim * static_cast<std::int64_t>(size_of(step.key_dtype));
-  for (int s = 0; s < step.num_segments; ++s) {
-    const int first = step.segments[s].first, last = first + step.segments[s].count;
-    for (int h = 0; h < num_heads; ++h) {
-      for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
-        Ahead* fetch = row == 0 ? &ahead : nullptr;
-        scores_of<r>(Run{step.keys, h * step.key_head_stride, row_bytes, first, last, step.count, fetch}, heads[h],
-                     step, row);
-      });
-    }
-  }
+  scores_of_heads(heads, num_heads, step, step.next > 0 ? step.keys[step.count] : nullptr, ahead);
+}
+
+void stream_step(const StreamTile* heads, int num_heads, const StreamStep& step) {
+  Ahead ahead(step, num_heads);
+  scores_of_heads(heads, num_heads, step, step.values[0], ahead);
+  bool done[kStreamHeads] = {};
+  for_runs(step, num_heads, step.values, step.value_head_stride,
+           step.dim_v * static_cast<std::int64_t>(size_of(step.value_dtype)),
+           step.next > 0 ? step.keys[step.count] : nullptr, [&](Run run, int h) {
+             if (run.first == 0) {
+               done[h] = step.bits != nullptr && !values_finite(step, run.offset);
+               if (step.pv == Math::kFloat32 || done[h]) {
+                 softmax<Math::kFloat32>(heads[h], step, h);
+               } else if (step.pv == Math::kBFloat16) {
+                 softmax<Math::kBFloat16>(heads[h], step, h);
+               } else {
+                 softmax<Math::kInt8>(heads[h], step, h);
+               }
+               if (done[h]) add_visible(heads[h], step, run.offset);
+             }
+             if (done[h]) return;
+             for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
+               run.ahead = row == 0 ? &ahead : nullptr;
+               values_of<r>(run, heads[h], step, row);
+             });
+#if HEDDLE_ISA_LEVEL >= 3
+             if (run.last < run.count) return;
+             if (step.pv == Math::kBFloat16) finish_bf16_values(heads[h], step.dim_v);
+             if (step.pv == Math::kInt8) finish_int8_values(heads[h], step.dim_v);
+#endif
+           });
 }
 
 }  // namespace
