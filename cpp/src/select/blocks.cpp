@@ -146,7 +146,7 @@ void multiply_rows(const float* queries, std::int64_t stride, std::int64_t rows,
     const int count = static_cast<int>(std::min<std::int64_t>(host::kStreamKeys, last - key));
     for (int i = 0; i < count; ++i) at[i] = reinterpret_cast<const std::byte*>(keys + (key + i) * dim);
     std::fill_n(at + count, 4, at[count - 1]);
-    const KeyRows rows_of_keys{.rows = at, .count = count, .readable = count, .dtype = DType::kFloat32, .dim = dim};
+    const KeyRows rows_of_keys{.rows = at, .count = count, .dtype = DType::kFloat32, .dim = dim};
     for (std::int64_t row = 0; row < rows; row += host::kStreamRows) {
       const QueryRows part{.queries = queries + row * stride,
                            .rows = std::min<std::int64_t>(host::kStreamRows, rows - row)};

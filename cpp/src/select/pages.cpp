@@ -230,7 +230,7 @@ bool Pages::score(const Job& job, Scratch& s) const {
     const int count = static_cast<int>(std::min<std::int64_t>(host::kStreamKeys, job.recent - page));
     std::copy_n(rows + page, count, four);
     std::fill_n(four + count, 4, four[count - 1]);
-    const KeyRows keys{.rows = four, .count = count, .readable = count, .dtype = bounds_.dtype(), .dim = 2 * dim};
+    const KeyRows keys{.rows = four, .count = count, .dtype = bounds_.dtype(), .dim = 2 * dim};
     for (std::int64_t row = 0; row < group; row += host::kStreamRows) {
       const QueryRows queries{.queries = s.queries.data() + row * stride_,
                               .rows = std::min<std::int64_t>(group - row, host::kStreamRows)};

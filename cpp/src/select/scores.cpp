@@ -8,6 +8,18 @@
 #include "host/tile_kernels.h"
 
 namespace heddle::select {
+namespace {
+
+// What the stream kernels multiply natively, exactly.
+host::Math math_of(const Problem& p) {
+  if (!host::tile_kernels().native_words) return host::Math::kFloat32;
+  const bool integers = p.quantize_q || p.q.dtype == DType::kInt8;
+  if (integers && p.k.dtype == DType::kInt8) return host::Math::kInt8;
+  const bool halves = p.q.dtype == DType::kBFloat16 && p.k.dtype == DType::kBFloat16;
+  return halves ? host::Math::kBFloat16 : host::Math::kFloat32;
+}
+
+}  // namespace
 
 float query_scale(const Problem& p, const std::byte* row) {
   if (p.q_static_scale > 0.0f) return p.q_static_scale;
@@ -20,33 +32,37 @@ float query_scale(const Problem& p, const std::byte* row) {
 KeyScores::KeyScores(const Problem& problem)
     : p_(problem),
       group_(problem.group()),
+      padded_group_((group_ + 3) / 4 * 4),
       stride_(host::stream_dim(problem.q.dim)),
-      int8_((problem.quantize_q || problem.q.dtype == DType::kInt8) && problem.k.dtype == DType::kInt8 &&
-            host::tile_kernels().native_words) {
+      block_rows_(host::stream_rows(std::min<std::int64_t>(group_, host::kStreamRows))),
+      // As many as keep their scores near.
+      heads_at_once_(std::clamp<std::int64_t>(64 / block_rows_, 1, host::kStreamHeads)),
+      math_(math_of(problem)),
+      scattered_((problem.page_size > 0 && problem.page_size < kSegmentKeys) ||
+                 problem.k.slot_stride != problem.k.dim * static_cast<std::int64_t>(size_of(problem.k.dtype))) {
   if (p_.k.scale != nullptr && p_.k.partition == 0) factor_ = p_.k.scale[0];
-  const auto rows = static_cast<std::size_t>((group_ + 3) / 4 * 4);
-  queries_.resize(rows * static_cast<std::size_t>(stride_) * 4);
-  factors_.resize(rows);
-  biases_.resize(rows);
-  row_sums_.resize(rows);
   row_.resize(static_cast<std::size_t>(stride_));
   quantized_.resize(static_cast<std::size_t>(stride_));
   rows_.resize(kKeys + 4);
-  key_scale_.resize(kKeys);
-  scores_.resize(host::kStreamRows * host::kStreamKeys);
+  boundary_.resize(kKeys + 1);
+  scores_.resize(static_cast<std::size_t>(heads_at_once_ * block_rows_ * host::kStreamKeys));
 }
 
-void KeyScores::set_query(std::int64_t request, std::int64_t query, std::int64_t kv_head) {
+void KeyScores::set_query(std::int64_t request, std::int64_t query, std::int64_t first, std::int64_t count) {
   const auto& tile = host::tile_kernels();
   const Request& r = p_.requests[static_cast<std::size_t>(request)];
+  const auto rows = static_cast<std::size_t>(count * padded_group_);
   request_ = request;
-  kv_head_ = kv_head;
+  first_head_ = first;
+  num_heads_ = count;
   const std::int64_t dim = p_.q.dim, slot = r.q_first + query;
-  const float* mean = r.kv_len > 0 ? p_.k.mean_of(place_of(p_, r, 0).page, kv_head) : nullptr;
-  std::fill(queries_.begin(), queries_.end(), std::byte{0});
-  std::fill(row_sums_.begin(), row_sums_.end(), 0);
-  for (std::int64_t row = 0; row < group_; ++row) {
-    const std::int64_t head = kv_head * group_ + row;
+  queries_.assign(rows * static_cast<std::size_t>(stride_) * 4, std::byte{0});
+  factors_.assign(rows, 0.0f);
+  biases_.assign(rows, 0.0f);
+  row_sums_.assign(rows, 0);
+  if (p_.k.partition > 0) key_scale_.resize(static_cast<std::size_t>(count * kKeys));
+  for (std::int64_t n = 0; n < count * group_; ++n) {
+    const std::int64_t kv_head = first + n / group_, head = first * group_ + n;
     const std::byte* source = p_.q.row(r.q_page, head, slot);
     DType dtype = p_.q.dtype;
     float scale = p_.q.scale_of(r.q_page, head, slot);
@@ -56,75 +72,109 @@ void KeyScores::set_query(std::int64_t request, std::int64_t query, std::int64_t
       source = reinterpret_cast<const std::byte*>(quantized_.data());
       dtype = DType::kInt8;
     }
+    const std::int64_t row = row_of(n / group_, n % group_);
     const auto at = static_cast<std::size_t>(row);
     tile.read_row(source, dim, dtype, row_.data());
     factors_[at] = static_cast<float>(p_.scale) * scale * factor_;
+    const float* mean = r.kv_len > 0 ? p_.k.mean_of(place_of(p_, r, 0).page, kv_head) : nullptr;
     double bias = 0.0;
     for (std::int64_t i = 0; mean != nullptr && i < dim; ++i) bias += static_cast<double>(row_[i]) * mean[i];
     biases_[at] = static_cast<float>(bias * scale * p_.scale);
-    if (int8_) {
-      std::byte* out = queries_.data() + row * stride_;
-      std::memcpy(out, source, static_cast<std::size_t>(dim));
-      for (std::int64_t i = 0; i < dim; ++i) row_sums_[at] += reinterpret_cast<const std::int8_t*>(out)[i];
+    std::byte* out = queries_.data() + row * stride_ * 4 / host::elements_per_word(math_);
+    if (math_ == host::Math::kFloat32) {
+      std::memcpy(out, row_.data(), static_cast<std::size_t>(dim) * 4);
     } else {
-      std::memcpy(queries_.data() + row * stride_ * 4, row_.data(), static_cast<std::size_t>(dim) * 4);
+      std::memcpy(out, source, static_cast<std::size_t>(dim) * size_of(dtype));
+    }
+    for (std::int64_t i = 0; math_ == host::Math::kInt8 && i < dim; ++i) {
+      row_sums_[at] += reinterpret_cast<const std::int8_t*>(out)[i];
     }
   }
 }
 
 void KeyScores::locate(std::int64_t first, int keys) {
   const Request& r = p_.requests[static_cast<std::size_t>(request_)];
+  std::fill(boundary_.begin(), boundary_.end(), false);
   for (int at = 0; at < keys;) {
     const Place place = place_of(p_, r, first + at);
     int run = keys - at;
     if (p_.page_size > 0) run = static_cast<int>(std::min<std::int64_t>(run, p_.page_size - place.slot));
-    const std::byte* key = p_.k.row(place.page, kv_head_, place.slot);
+    const std::byte* key = p_.k.row(place.page, first_head_, place.slot);
     for (int i = 0; i < run; ++i) rows_[static_cast<std::size_t>(at + i)] = key + i * p_.k.slot_stride;
-    for (int i = 0; p_.k.partition > 0 && i < run; ++i) {
-      key_scale_[static_cast<std::size_t>(at + i)] = p_.k.scale_of(place.page, kv_head_, place.slot + i);
+    for (std::int64_t h = 0; p_.k.partition > 0 && h < num_heads_; ++h) {
+      float* scale = key_scale_.data() + h * kKeys + at;
+      for (int i = 0; i < run; ++i) scale[i] = p_.k.scale_of(place.page, first_head_ + h, place.slot + i);
     }
     at += run;
+    boundary_[static_cast<std::size_t>(at)] = true;
   }
   for (int i = 0; i < 4; ++i) rows_[static_cast<std::size_t>(keys + i)] = rows_[static_cast<std::size_t>(keys - 1)];
 }
 
-host::RawScores KeyScores::multiply(std::int64_t row, int at, int keys) {
-  const std::int64_t bytes = int8_ ? 1 : 4;
-  const QueryRows queries{.queries = queries_.data() + row * stride_ * bytes,
-                          .rows = std::min<std::int64_t>(group_ - row, host::kStreamRows),
-                          .int8 = int8_,
-                          .row_sums = row_sums_.data() + row};
-  const KeyRows rows{.rows = rows_.data() + at,
-                     .count = std::min(keys - at, host::kStreamKeys),
-                     .readable = keys - at,
-                     .dtype = p_.k.dtype,
-                     .dim = p_.k.dim};
-  raw_scores(queries, rows, scores_.data());
-  return {.scores = scores_.data(),
-          .rows = queries.rows,
-          .count = rows.count,
-          .factor = factors_.data() + row,
-          .bias = biases_.data() + row,
-          .key_scale = p_.k.partition > 0 ? key_scale_.data() + at : nullptr,
+// Segments of the keys [at, at + count): they end with a page, or by kSegmentKeys, always at a multiple of 4.
+int KeyScores::cut(int at, int count) {
+  int n = 0, start = 0;
+  for (int end = 4; end < count; end += 4) {
+    bool ends = end - start >= kSegmentKeys && scattered_;
+    for (int i = end; i < end + 4 && !scattered_ && end - start >= kSegmentKeys; ++i) {
+      ends = ends || boundary_[static_cast<std::size_t>(std::min(at + i, kKeys))];
+    }
+    if (!ends) continue;
+    segments_[n++] = {start, end - start};
+    start = end;
+  }
+  segments_[n++] = {start, count - start};
+  return n;
+}
+
+void KeyScores::multiply(std::int64_t head, std::int64_t last, std::int64_t row, int at, int keys) {
+  host::StreamTile tiles[host::kStreamHeads];
+  for (std::int64_t h = head; h < last; ++h) {
+    const std::int64_t first = row_of(h, row);
+    tiles[h - head] = {.rows = std::min<std::int64_t>(group_ - row, host::kStreamRows),
+                       .queries = queries_.data() + first * stride_ * 4 / host::elements_per_word(math_),
+                       .row_sums = row_sums_.data() + first,
+                       .scores = scores_.data() + (h - head) * block_rows_ * host::kStreamKeys};
+  }
+  const int count = std::min(keys - at, host::kStreamKeys);
+  host::StreamStep step{.keys = rows_.data() + at,
+                        .key_head_stride = p_.k.head_stride,
+                        .count = count,
+                        .segments = segments_,
+                        .num_segments = cut(at, count),
+                        .next = std::min(keys - at - count, kSegmentKeys) / 4 * 4,
+                        .key_dtype = p_.k.dtype,
+                        .dim = p_.k.dim,
+                        .qk = math_};
+  const std::byte* rows[host::kStreamKeys + kSegmentKeys + 4];
+  if (head > 0) {
+    for (int i = 0; i < count + step.next + 4; ++i) rows[i] = step.keys[i] + head * p_.k.head_stride;
+    step.keys = rows;
+  }
+  host::stream_kernels().scores(tiles, static_cast<int>(last - head), step);
+}
+
+host::RawScores KeyScores::block(std::int64_t head, std::int64_t nth, std::int64_t row, int at, int keys) const {
+  const std::int64_t first = row_of(head, row);
+  return {.scores = scores_.data() + nth * block_rows_ * host::kStreamKeys,
+          .rows = std::min<std::int64_t>(group_ - row, host::kStreamRows),
+          .count = std::min(keys - at, host::kStreamKeys),
+          .factor = factors_.data() + first,
+          .bias = biases_.data() + first,
+          .key_scale = p_.k.partition > 0 ? key_scale_.data() + head * kKeys + at : nullptr,
           .softcap = static_cast<float>(p_.softcap)};
 }
 
 void raw_scores(const QueryRows& queries, const KeyRows& keys, float* out) {
-  host::StreamTile tile;
-  tile.rows = queries.rows;
-  tile.queries = queries.queries;
-  tile.row_sums = queries.row_sums;
-  tile.scores = out;
-  const host::StreamSegment all{.count = keys.count};
+  const host::StreamTile rows{.rows = queries.rows, .queries = queries.queries, .scores = out};
+  const host::StreamSegment whole{0, keys.count};
   const host::StreamStep step{.keys = keys.rows,
                               .count = keys.count,
-                              .segments = &all,
+                              .segments = &whole,
                               .num_segments = 1,
-                              .next = std::min(keys.readable - keys.count, host::kStreamKeys),
                               .key_dtype = keys.dtype,
-                              .dim = keys.dim,
-                              .qk = queries.int8 ? host::Math::kInt8 : host::Math::kFloat32};
-  host::stream_kernels().scores(&tile, 1, step);
+                              .dim = keys.dim};
+  host::stream_kernels().scores(&rows, 1, step);
 }
 
 void read_row(const Rows& rows, std::int64_t page, std::int64_t head, std::int64_t slot, float* out) {

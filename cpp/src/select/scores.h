@@ -11,18 +11,16 @@
 
 namespace heddle::select {
 
-// Query rows (floats, or int8 with the sum of each row), padded as stream_rows() and stream_dim() say.
+// Rows of floats, stream_dim(dim) apart: at most kStreamRows, padded to a multiple of 4 (1 and 2 aside).
 struct QueryRows {
-  const void* queries = nullptr;
-  std::int64_t rows = 0;  // at most kStreamRows
-  bool int8 = false;
-  const std::int32_t* row_sums = nullptr;
+  const float* queries = nullptr;
+  std::int64_t rows = 0;
 };
 
-// Rows of keys, at most kStreamKeys; 4 more pointers repeat the last one, or name keys that come next.
+// Rows of keys, at most kStreamKeys; 4 more pointers repeat the last one.
 struct KeyRows {
   const std::byte* const* rows = nullptr;
-  int count = 0, readable = 0;  // readable: of the pointers, to fetch ahead
+  int count = 0;
   DType dtype = DType::kFloat32;
   std::int64_t dim = 0;
 };
@@ -30,46 +28,60 @@ struct KeyRows {
 // out[row * kStreamKeys + key] = q . k as stored, without any factor. kStreamRows x kStreamKeys.
 void raw_scores(const QueryRows& queries, const KeyRows& keys, float* out);
 
-// Rows of one query for one KV head: its group's heads, by kStreamRows. Each thread has its own.
+// Scores of one query: the heads of a group for each of some KV heads, whose keys are read together in the order in
+// which they lie. Each thread has its own.
 class KeyScores {
  public:
-  static constexpr int kKeys = 1024;  // whose places are looked up at a time
-
   explicit KeyScores(const Problem& problem);
 
-  // The query rows of (request, query, KV head); its heads are known as rows 0 .. group.
-  void set_query(std::int64_t request, std::int64_t query, std::int64_t kv_head);
+  // The rows of (request, query) for the KV heads [first, first + count).
+  void set_query(std::int64_t request, std::int64_t query, std::int64_t first, std::int64_t count);
 
-  // Calls fn(first row, block, key) for blocks of up to kStreamRows rows and kStreamKeys keys of [begin, end): raw
-  // scores of the keys from `key` on, and what makes them scores.
+  // Calls fn(KV head, row, block, key) for blocks of up to kStreamRows rows from `row` on of the head's group, and up
+  // to kStreamKeys keys of [begin, end) from `key` on: raw scores, and what makes them scores.
   template <class Fn>
   void for_blocks(std::int64_t begin, std::int64_t end, Fn&& fn) {
     for (std::int64_t first = begin; first < end; first += kKeys) {
       const int keys = static_cast<int>(end - first < kKeys ? end - first : kKeys);
       locate(first, keys);
       for (int at = 0; at < keys; at += host::kStreamKeys) {
-        for (std::int64_t row = 0; row < group_; row += host::kStreamRows) {
-          fn(row, multiply(row, at, keys), first + at);
+        for (std::int64_t head = 0; head < num_heads_; head += heads_at_once_) {
+          const std::int64_t last = head + heads_at_once_ < num_heads_ ? head + heads_at_once_ : num_heads_;
+          for (std::int64_t row = 0; row < group_; row += host::kStreamRows) {
+            multiply(head, last, row, at, keys);
+            for (std::int64_t h = head; h < last; ++h)
+              fn(first_head_ + h, row, block(h, h - head, row, at, keys), first + at);
+          }
         }
       }
     }
   }
 
  private:
+  static constexpr int kKeys = 1024;       // whose places are looked up at a time
+  static constexpr int kSegmentKeys = 16;  // of a segment, where rows do not follow one another
+
   void locate(std::int64_t first, int keys);
-  host::RawScores multiply(std::int64_t row, int at, int keys);
+  int cut(int at, int count);
+  void multiply(std::int64_t head, std::int64_t last, std::int64_t row, int at, int keys);
+  host::RawScores block(std::int64_t head, std::int64_t nth, std::int64_t row, int at, int keys) const;
+  std::int64_t row_of(std::int64_t head, std::int64_t row) const { return head * padded_group_ + row; }
 
   const Problem& p_;
-  const std::int64_t group_, stride_;
-  const bool int8_;
+  const std::int64_t group_, padded_group_, stride_, block_rows_, heads_at_once_;
+  const host::Math math_;
+  const bool scattered_;
   float factor_ = 1.0f;
-  std::int64_t request_ = 0, kv_head_ = 0;
-  std::vector<std::byte> queries_;  // [rows padded to 4][stride]
+  std::int64_t request_ = 0, first_head_ = 0, num_heads_ = 0;
+  std::vector<std::byte> queries_;  // [heads][padded group][stride]
   std::vector<float> factors_, biases_, row_;
   std::vector<std::int8_t> quantized_;
   std::vector<std::int32_t> row_sums_;
-  std::vector<const std::byte*> rows_;
-  std::vector<float> key_scale_, scores_;
+  std::vector<const std::byte*> rows_;  // of the first head
+  std::vector<float> key_scale_;        // [heads][kKeys]
+  std::vector<float> scores_;           // [heads at once][block rows][kStreamKeys]
+  std::vector<bool> boundary_;          // whether a page ends before the key
+  host::StreamSegment segments_[host::kStreamKeys / kSegmentKeys + 1];
 };
 
 // Where key j of a request lies.

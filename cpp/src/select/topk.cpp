@@ -21,7 +21,7 @@
 namespace heddle::select {
 namespace {
 
-constexpr std::int64_t kChunk = 2048;                          // keys that are scored at a time
+constexpr std::int64_t kChunk = 1024;                          // keys that are scored at a time
 constexpr std::int64_t kBatchFloats = std::int64_t{16} << 20;  // metrics that are kept at a time
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -72,10 +72,14 @@ class Topk {
  private:
   void make_jobs();
   void run_batch(std::size_t first, std::size_t last, std::int64_t floats);
-  // Metrics of the keys [begin, end) of a job; false if one is NaN.
-  bool score(KeyScores& scores, const ListJob& job, std::int64_t begin, std::int64_t end, float* metric) const;
-  // loo: scores of every head, then the metric in place of the first head's.
-  bool score_heads(KeyScores& scores, const ListJob& job, std::int64_t begin, std::int64_t end, float* all) const;
+  // Keys of a query, for all its KV heads: `job` is the first one's, the others follow.
+  struct Item {
+    std::size_t job;
+    std::int64_t begin, end;
+  };
+  // Metrics of the item's keys (leave-one-out: scores of every head of the groups) into the rows of its jobs.
+  void score(KeyScores& scores, const Item& item, float* const* at, std::atomic<bool>* bad) const;
+  // loo: the metric in place of the first head's scores.
   Whole whole(const ListJob& job, const float* all) const;
   bool leave_one_out(const ListJob& job, std::int64_t begin, std::int64_t end, const Whole& whole, float* all) const;
   [[noreturn]] void fail(const ListJob& job) const;
@@ -127,8 +131,9 @@ Selection Topk::run() {
   lists_.allocate(capacity);
   std::size_t first = 0;
   std::int64_t total = 0;
-  for (std::size_t n = 0; n < jobs_.size(); ++n) {
-    const std::int64_t need = floats(jobs_[n]);
+  const auto heads = static_cast<std::size_t>(p_.num_kv_heads);
+  for (std::size_t n = 0; n < jobs_.size(); n += heads) {  // the KV heads of a query together
+    const std::int64_t need = floats(jobs_[n]) * p_.num_kv_heads;
     if (n > first && total + need > kBatchFloats) {
       run_batch(first, n, total);
       first = n;
@@ -143,10 +148,6 @@ Selection Topk::run() {
 void Topk::run_batch(std::size_t first, std::size_t last, std::int64_t total) {
   static thread_local host::Workspace workspace;
   float* metrics = reinterpret_cast<float*>(workspace.reserve(static_cast<std::size_t>(total) * 4));
-  struct Item {
-    std::size_t job;
-    std::int64_t begin, end;
-  };
   std::vector<Item> items;
   std::vector<float*> at(last - first);
   std::vector<std::atomic<bool>> bad(last - first);
@@ -155,8 +156,8 @@ void Topk::run_batch(std::size_t first, std::size_t last, std::int64_t total) {
     const ListJob& job = jobs_[n];
     at[n - first] = metrics;
     metrics += floats(job);
-    if (job.open() == job.contested()) continue;  // keeps all: nothing to rank
-    const std::int64_t end = scored_end(job);
+    if (job.open() == job.contested()) continue;                      // keeps all: nothing to rank
+    const std::int64_t end = job.kv_head == 0 ? scored_end(job) : 0;  // the other heads see the same keys
     for (std::int64_t k = scored_begin(job); k < end; k += kChunk) items.push_back({n, k, std::min(end, k + kChunk)});
     work += static_cast<double>(job.seen() * p_.group() * p_.k.dim);
   }
@@ -164,11 +165,7 @@ void Topk::run_batch(std::size_t first, std::size_t last, std::int64_t total) {
   const auto count = static_cast<std::int64_t>(items.size());
   for_items(count, work, scorer, [&](KeyScores& scores, std::int64_t i) {
     const Item& item = items[static_cast<std::size_t>(i)];
-    const ListJob& job = jobs_[item.job];
-    float* out = at[item.job - first];
-    const bool good = loo() ? score_heads(scores, job, item.begin, item.end, out)
-                            : score(scores, job, item.begin, item.end, out + (item.begin - job.middle));
-    if (!good) bad[item.job - first].store(true, std::memory_order_relaxed);
+    score(scores, item, at.data() + (item.job - first), bad.data() + (item.job - first));
   });
   if (loo()) {
     std::vector<Whole> wholes(last - first);
@@ -177,10 +174,10 @@ void Topk::run_batch(std::size_t first, std::size_t last, std::int64_t total) {
       if (job.open() < job.contested())
         wholes[static_cast<std::size_t>(n)] = whole(job, at[static_cast<std::size_t>(n)]);
     });
-    for_items(count, work, stateless, [&](int, std::int64_t i) {
-      const Item& item = items[static_cast<std::size_t>(i)];
-      const std::size_t n = item.job - first;
-      if (!leave_one_out(jobs_[item.job], item.begin, item.end, wholes[n], at[n])) {
+    for_items(count * p_.num_kv_heads, work, stateless, [&](int, std::int64_t i) {
+      const Item& item = items[static_cast<std::size_t>(i / p_.num_kv_heads)];
+      const std::size_t job = item.job + static_cast<std::size_t>(i % p_.num_kv_heads), n = job - first;
+      if (!leave_one_out(jobs_[job], item.begin, item.end, wholes[n], at[n])) {
         bad[n].store(true, std::memory_order_relaxed);
       }
     });
@@ -195,27 +192,27 @@ void Topk::run_batch(std::size_t first, std::size_t last, std::int64_t total) {
   workspace.trim(static_cast<std::size_t>(kBatchFloats) * 4);
 }
 
-bool Topk::score(KeyScores& scores, const ListJob& job, std::int64_t begin, std::int64_t end, float* metric) const {
-  bool good = true;
-  scores.set_query(job.request, job.query, job.kv_head);
-  scores.for_blocks(begin, end, [&](std::int64_t row, const host::RawScores& block, std::int64_t key) {
-    good &= kernels_.reduce(block, row == 0, metric + (key - begin));
-  });
-  if (norms_ == nullptr) return good;
+void Topk::score(KeyScores& scores, const Item& item, float* const* at, std::atomic<bool>* bad) const {
+  const ListJob& job = jobs_[item.job];
+  const std::int64_t begin = scored_begin(job), stride = job.seen() + 16;
+  scores.set_query(job.request, job.query, 0, p_.num_kv_heads);
+  if (norms_ != nullptr) norms_->fetch(job.request, item.begin, item.end);
+  scores.for_blocks(
+      item.begin, item.end, [&](std::int64_t head, std::int64_t row, const host::RawScores& block, std::int64_t key) {
+        float* out = at[head] + (key - begin);
+        const bool good =
+            loo() ? kernels_.finish(block, out + row * stride, stride) : kernels_.reduce(block, row == 0, out);
+        if (!good) bad[head].store(true, std::memory_order_relaxed);
+      });
+  if (norms_ == nullptr) return;
   float buffer[kChunk];
   const host::ValueTerm term = value_term(options_.beta, options_.norm, options_.epsilon);
-  return kernels_.add_terms(norms_->get(job.request, job.kv_head, begin, end, buffer), end - begin, term, metric) &&
-         good;
-}
-
-bool Topk::score_heads(KeyScores& scores, const ListJob& job, std::int64_t begin, std::int64_t end, float* all) const {
-  bool good = true;
-  const std::int64_t stride = job.seen() + 16;
-  scores.set_query(job.request, job.query, job.kv_head);
-  scores.for_blocks(begin, end, [&](std::int64_t row, const host::RawScores& block, std::int64_t key) {
-    good &= kernels_.finish(block, all + row * stride + (key - job.begin), stride);
-  });
-  return good;
+  for (std::int64_t head = 0; head < p_.num_kv_heads; ++head) {
+    const float* norms = norms_->get(job.request, head, item.begin, item.end, buffer);
+    if (!kernels_.add_terms(norms, item.end - item.begin, term, at[head] + (item.begin - begin))) {
+      bad[head].store(true, std::memory_order_relaxed);
+    }
+  }
 }
 
 Whole Topk::whole(const ListJob& job, const float* all) const {
@@ -310,17 +307,18 @@ void Topk::fail(const ListJob& job) const {
     check::fail(ErrorCode::kValue, "q", check::text("NaN in ", where, "; allowed are scores that can be ranked"));
   }
   KeyScores scores(p_);
-  scores.set_query(job.request, job.query, job.kv_head);
+  scores.set_query(job.request, job.query, job.kv_head, 1);
   std::int64_t bad = -1;
   float row[host::kStreamKeys * host::kStreamRows];
-  scores.for_blocks(job.begin, job.end, [&](std::int64_t, const host::RawScores& block, std::int64_t key) {
-    if (bad >= 0 || kernels_.finish(block, row, host::kStreamKeys)) return;
-    for (int j = 0; j < block.count && bad < 0; ++j) {
-      for (std::int64_t r = 0; r < block.rows; ++r) {
-        if (row[r * host::kStreamKeys + j] != row[r * host::kStreamKeys + j]) bad = key + j;
-      }
-    }
-  });
+  scores.for_blocks(job.begin, job.end,
+                    [&](std::int64_t, std::int64_t, const host::RawScores& block, std::int64_t key) {
+                      if (bad >= 0 || kernels_.finish(block, row, host::kStreamKeys)) return;
+                      for (int j = 0; j < block.count && bad < 0; ++j) {
+                        for (std::int64_t r = 0; r < block.rows; ++r) {
+                          if (row[r * host::kStreamKeys + j] != row[r * host::kStreamKeys + j]) bad = key + j;
+                        }
+                      }
+                    });
   if (bad >= 0) {
     check::fail(
         ErrorCode::kValue, "k",

@@ -76,8 +76,8 @@ std::int64_t VerticalSlash::run_head(std::int64_t request, std::int64_t kv_head,
     const std::int64_t stride = end - begin + 16;
     score.resize(static_cast<std::size_t>(stride * group));
     bool good = true;
-    scores.set_query(request, i, kv_head);
-    scores.for_blocks(begin, end, [&](std::int64_t row, const host::RawScores& b, std::int64_t key) {
+    scores.set_query(request, i, kv_head, 1);
+    scores.for_blocks(begin, end, [&](std::int64_t, std::int64_t row, const host::RawScores& b, std::int64_t key) {
       good &= host::select_kernels().finish(b, score.data() + row * stride + (key - begin), stride);
     });
     if (!good) return i;
