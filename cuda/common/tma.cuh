@@ -10,7 +10,6 @@ namespace heddle::cuda {
 
 // What a copy's data is worth to the second-level cache. Encodings of createpolicy, as CUTLASS lists them.
 enum class CacheHint : std::uint64_t {
-  kNormal = 0x1000000000000000,
   kEvictFirst = 0x12F0000000000000,
   kEvictLast = 0x14F0000000000000,
 };

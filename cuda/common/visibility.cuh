@@ -23,7 +23,7 @@ struct Visibility {
 
   __device__ __forceinline__ Visibility(const Pattern& p, int q_len, int keys)
       : pattern(p), mask(nullptr), kv_len(keys), offset(keys - q_len) {}
-  // Before `chosen`, `visible` or `classify` of a pattern with a block mask.
+  // Before `chosen` or `classify` of a pattern with a block mask.
   __device__ __forceinline__ void set_mask(int request, int q_head) {
     mask =
         pattern.mask + request * pattern.mask_batch_stride + q_head / pattern.heads_per_mask * pattern.mask_head_stride;
@@ -58,9 +58,6 @@ struct Visibility {
       case PatternKind::kBlockMask: return block(query / pattern.block_q, key / pattern.block_k);
     }
     return false;
-  }
-  __device__ __forceinline__ bool visible(std::int32_t query, std::int32_t key) const {
-    return allowed(query).has(key) && chosen(query, key);
   }
 
   // Queries [q0, q1) x keys [k0, k1). A tile that reaches beyond the keys is partial, and so may be one that is full.

@@ -103,7 +103,7 @@ class Math {
         for (int i = 0; i < 4; ++i) out_[b][n][i] = 0.0f;
       }
     }
-    named_barrier(kMathBarrier, kMathThreads);
+    named_sync(kMathBarrier, kMathThreads);
     // The fragments of Q^T, the right operand of K Q^T: row g of each step.
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -519,7 +519,7 @@ class Math {
           }
         }
       }
-      named_barrier(kMathBarrier, kMathThreads);
+      named_sync(kMathBarrier, kMathThreads);
 #pragma unroll 1
       for (int piece = thread; piece < rows * kPieces; piece += kMathThreads) {
         const int row = piece / kPieces, column = piece % kPieces * 4;
@@ -551,10 +551,10 @@ class Math {
         }
       }
       // Before the next round, or the next item, writes there.
-      if (round + 1 < kBlocks / Config::kRoundBlocks || item.num_splits == 1) named_barrier(kMathBarrier, kMathThreads);
+      if (round + 1 < kBlocks / Config::kRoundBlocks || item.num_splits == 1) named_sync(kMathBarrier, kMathThreads);
     }
     if (item.num_splits > 1) {
-      named_barrier(kMathBarrier, kMathThreads);
+      named_sync(kMathBarrier, kMathThreads);
       if (thread == 0) {
         // Releases what all these warps wrote (the barrier ordered it before), and acquires what the others released.
         unsigned* arrived = p_.arrived + item.unit;
@@ -562,7 +562,7 @@ class Math {
         if (last) *arrived = 0;  // for the next launch
         shared_.is_last = last;
       }
-      named_barrier(kMathBarrier, kMathThreads);
+      named_sync(kMathBarrier, kMathThreads);
       if (shared_.is_last != 0) merge(item, request, head, first_row, rows);
     }
   }
@@ -649,7 +649,7 @@ class Math {
           }
         }
         if (lane_ == 0) shared_.sum[warp_] = sum;
-        named_barrier(kMathBarrier, kMathThreads);
+        named_sync(kMathBarrier, kMathThreads);
         if (part == 0) {
           for (int other = warp_ + 1; other < warp_ + parts; ++other) {
             sum += shared_.sum[other];

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda/common/exponents.h"
+
 namespace heddle::cuda::decode {
 
 // Roles: four warps load, eight compute. 384 threads leave 168 registers to each; those that load hand some over.
@@ -41,7 +43,5 @@ constexpr int row_pitch(int row_bytes) { return row_bytes / 16 % 2 == 1 ? row_by
 inline constexpr int kOverheadGranules = 4;
 // The shortest chunk that may be stolen, in such granules.
 inline constexpr int kMinChunkGranules = 16;
-
-inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 }  // namespace heddle::cuda::decode

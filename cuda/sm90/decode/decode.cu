@@ -147,8 +147,8 @@ void set_data(const DecodeArgs& a, Params& p) {
   p.k_scale_head_stride = a.k_scale_head_stride;
   p.k_scale_group_stride = a.k_scale_group_stride;
 
-  p.cap = static_cast<float>(a.softcap) * decode::kLog2E;
-  p.score_factor = static_cast<float>(a.softcap > 0.0 ? a.scale / a.softcap : a.scale * double{decode::kLog2E});
+  p.cap = static_cast<float>(a.softcap) * kLog2E;
+  p.score_factor = static_cast<float>(a.softcap > 0.0 ? a.scale / a.softcap : a.scale * double{kLog2E});
   p.sinks = a.sinks;
   p.mask = {.num_queries = p.num_queries,
             .left = clamp(a.left),

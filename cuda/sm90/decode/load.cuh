@@ -144,7 +144,7 @@ class Loader {
       const int index = queues_.take(chunk_.per_cta);
       if (lane_ == 0) shared_.next_chunk[parity_] = index;
     }
-    named_barrier(kLoadBarrier, 32 * kLoadWarps);
+    named_sync(kLoadBarrier, 32 * kLoadWarps);
     const int index = shared_.next_chunk[parity_];
     parity_ ^= 1;  // so the next answer may be written before all have read this one
     return index;

@@ -430,12 +430,12 @@ class PrefillConsumer {
   // x[j] becomes what lane j of the quad had in its x[lane].
   __device__ __forceinline__ static void transpose_quad(std::uint32_t (&x)[4], int lane) {
     const bool odd = (lane & 1) != 0, high = (lane & 2) != 0;
-    const std::uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? x[0] : x[1], 1);
-    const std::uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? x[2] : x[3], 1);
+    const std::uint32_t a = __shfl_xor_sync(kFullWarp, odd ? x[0] : x[1], 1);
+    const std::uint32_t b = __shfl_xor_sync(kFullWarp, odd ? x[2] : x[3], 1);
     (odd ? x[0] : x[1]) = a;
     (odd ? x[2] : x[3]) = b;
-    const std::uint32_t c = __shfl_xor_sync(0xffffffffu, high ? x[0] : x[2], 2);
-    const std::uint32_t d = __shfl_xor_sync(0xffffffffu, high ? x[1] : x[3], 2);
+    const std::uint32_t c = __shfl_xor_sync(kFullWarp, high ? x[0] : x[2], 2);
+    const std::uint32_t d = __shfl_xor_sync(kFullWarp, high ? x[1] : x[3], 2);
     (high ? x[0] : x[2]) = c;
     (high ? x[1] : x[3]) = d;
   }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
 #include <numeric>
 #include <string>
 
@@ -52,18 +53,17 @@ int heads_to_pack(const AttentionArgs& args, int rows) {
 }
 
 void set_scores(const AttentionArgs& args, PrefillParams& params) {
-  constexpr double kLog2EDouble = 1.4426950408889634;
   if (args.softcap > 0.0) {
     params.score_map = ScoreMap::kSoftcap;
     params.map_factor = static_cast<float>(args.scale / args.softcap);
-    params.scale_log2 = static_cast<float>(args.softcap * kLog2EDouble);
+    params.scale_log2 = static_cast<float>(args.softcap * std::numbers::log2e);
   } else if (args.scale > 0.0) {
-    params.scale_log2 = static_cast<float>(args.scale * kLog2EDouble);
+    params.scale_log2 = static_cast<float>(args.scale * std::numbers::log2e);
   } else {
     // Maxima are taken before the scale, which has to be positive.
     params.score_map = ScoreMap::kFactor;
     params.map_factor = static_cast<float>(args.scale);
-    params.scale_log2 = static_cast<float>(kLog2EDouble);
+    params.scale_log2 = static_cast<float>(std::numbers::log2e);
   }
 }
 

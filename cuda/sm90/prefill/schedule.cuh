@@ -3,7 +3,7 @@
 // All items stand in one order: sections of heads whose keys the second-level cache holds, in a section the row tiles
 // that see most keys first (causal: the late ones), for each of them all heads. kTile: a CTA an item. kStatic: CTA c
 // takes every G-th item from c on. kStealing: whoever is free takes the next one. (A queue for each CTA, dealt in this
-// order, with stealing from the fullest, leaves heavy items for the end: 616 against 725 TFLOP/s causal at D 256.)
+// order, with stealing from the fullest, leaves heavy items for the end.)
 #pragma once
 
 #include "cuda/common/online_softmax.cuh"

@@ -2,13 +2,13 @@
 // every fourth pair of columns of two rows.
 #pragma once
 
+#include "cuda/common/exponents.h"
+#include "cuda/common/online_softmax.cuh"
 #include "cuda/common/visibility.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/sm90/prefill/params.h"
 
 namespace heddle::cuda {
-
-inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
@@ -23,8 +23,8 @@ __device__ __forceinline__ float tanh_from_exp2(float x) {
 // The four lanes that share a row.
 template <class Combine>
 __device__ __forceinline__ float quad_reduce(float x, Combine combine) {
-  x = combine(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
+  x = combine(x, __shfl_xor_sync(kFullWarp, x, 1));
+  return combine(x, __shfl_xor_sync(kFullWarp, x, 2));
 }
 
 template <int N>
@@ -115,14 +115,14 @@ struct RowState {
       // Half precision ends at 65504; a thread's sum bounds its probabilities. NaN and infinity are large too.
       constexpr float kLargestSum = 4096.0f;
       exponentials<T>(s, scale_log2, at, p, here, rounded_here);
-      moves = __any_sync(0xffffffffu, !(here[0] <= kLargestSum && here[1] <= kLargestSum));
+      moves = __any_sync(kFullWarp, !(here[0] <= kLargestSum && here[1] <= kLargestSum));
       if (moves) {
         move(s, scale_log2, decay);
         exponentials<T>(s, scale_log2, at_or_zero(), p, here, rounded_here);
       }
     } else {
       const bool exceeds = most<0>(s) * scale_log2 > at[0] || most<1>(s) * scale_log2 > at[1];
-      moves = __any_sync(0xffffffffu, exceeds);
+      moves = __any_sync(kFullWarp, exceeds);
       if (moves) move(s, scale_log2, decay);
       exponentials<T>(s, scale_log2, at_or_zero(), p, here, rounded_here);
     }
