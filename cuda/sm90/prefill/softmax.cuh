@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/common/exponents.h"
+#include "cuda/common/mma.cuh"
 #include "cuda/common/online_softmax.cuh"
 #include "cuda/common/visibility.cuh"
 #include "cuda/common/wgmma.cuh"
@@ -10,11 +11,6 @@
 
 namespace heddle::cuda {
 
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // 1 - 2 / (1 + e^2x): right at both ends, and exact enough for scores (tanh.approx has 11 bits).
 __device__ __forceinline__ float tanh_from_exp2(float x) {
   return 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(2.0f * kLog2E * x));
@@ -64,19 +60,6 @@ __device__ __forceinline__ void mask_scores(float (&s)[N], const Visibility& vis
       if ((seen >> i & 1) == 0) s[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
     }
   }
-}
-
-template <class T>
-__device__ __forceinline__ std::uint32_t pack(float low, float high);
-template <>
-__device__ __forceinline__ std::uint32_t pack<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const std::uint32_t*>(&both);
-}
-template <>
-__device__ __forceinline__ std::uint32_t pack<__half>(float low, float high) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const std::uint32_t*>(&both);
 }
 
 template <class T>
