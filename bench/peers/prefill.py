@@ -14,6 +14,7 @@ import math
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ def calls_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) ->
             return scaled_dot_product_attention(*views, is_causal=causal, enable_gqa=grouped)
 
     calls["cuDNN"] = cudnn
+    return calls
+
+
+def packed_calls(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int
+) -> dict[str, Callable[[], Any]]:
+    """The schedules of heddle and FlashAttention-3 on a packed causal batch."""
+    calls: dict[str, Callable[[], Any]] = {}
+    for kind in ("stealing", "static", "tile"):
+        options = {"causal": True, "cu_seqlens_q": ends, "cu_seqlens_k": ends, "schedule": kind}
+        calls[f"heddle {kind}"] = partial(heddle.attention, q, k, v, **options)
+    if flash_attn_varlen_func is not None:
+        calls["FA3"] = lambda: flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
     return calls
 
 
@@ -106,20 +120,8 @@ def ragged(report: Report) -> None:
         q, k, v = normal(total, heads, dim), normal(total, kv_heads, dim), normal(total, kv_heads, dim)
         ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
 
-        def ours(schedule: str) -> Callable[[], Any]:
-            return lambda: heddle.attention(
-                q,
-                k,
-                v,
-                causal=True,
-                cu_seqlens_q=ends,
-                cu_seqlens_k=ends,
-                schedule=schedule,  # noqa: B023
-            )
-
-        calls = {f"heddle {kind}": ours(kind) for kind in ("stealing", "static", "tile")}
-        if flash_attn_varlen_func is not None:
-            calls["FA3"] = lambda: flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)  # noqa: B023
+        calls = packed_calls(q, k, v, ends, longest)
+        if "FA3" in calls:
             check(name, calls["heddle stealing"], calls["FA3"])
         flop = 2.0 * heads * dim * sum(n * n for n in lengths)
         times = report.measure(name, calls, flop=flop)
