@@ -63,6 +63,10 @@ struct RingPosition {
 
   __device__ __forceinline__ int stage() const { return at < kStages ? at : at - kStages; }
   __device__ __forceinline__ std::uint32_t parity() const { return at < kStages ? 0 : 1; }
+  __device__ __forceinline__ int previous() const {  // stage
+    const int here = stage();
+    return here == 0 ? kStages - 1 : here - 1;
+  }
   __device__ __forceinline__ void advance() { at = at + 1 == 2 * kStages ? 0 : at + 1; }
 };
 

@@ -79,6 +79,16 @@ __device__ __forceinline__ bool any_not_finite(std::uint32_t x) {
   return (((x & kExponent) + kOne) & 0x80008000u) != 0;
 }
 
+// zeros += 0 x, of two 16-bit numbers each: NaN where x is NaN or infinite.
+template <class T>
+__device__ __forceinline__ void add_zero_times(std::uint32_t& zeros, std::uint32_t x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(zeros) : "r"(x), "r"(0));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(zeros) : "r"(x), "r"(0));
+  }
+}
+
 // NaN if either is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float y;

@@ -77,6 +77,7 @@ Case gpu_case(std::uint64_t seed) {
     c.smooth_v = false;
   }
   if (r.chance(0.85)) c.align = 16;
+  if (c.op == Op::kAttention && r.chance(0.7)) c.gaps = false;  // axes in any order and direction, which TMA lacks
   // Longer than the host's cases, where the oracle can afford it.
   const auto cost = [&] { return c.batch * c.q_heads * c.q_len * c.kv_len * (c.dim + c.dim_v); };
   if (r.chance(0.3)) {

@@ -1,5 +1,8 @@
 // How the prefill kernel is cut for a head dimension, and what of shared memory and registers that takes.
 #pragma once
+#ifndef HEDDLE_SPEC_SLACK
+#define HEDDLE_SPEC_SLACK 35
+#endif
 
 #include <cstddef>
 
@@ -34,7 +37,7 @@ struct PrefillConfig {
   // products enough to hide it.
   static constexpr bool kTakeTurns = kWarpgroups > 1 && kDim <= 128;
   // Scores that are kept until their probabilities are accepted, two tiles of probabilities and the output have to fit.
-  static constexpr bool kSpeculative = (2 * kKeys + kDimV) / 2 + 35 <= kConsumerRegisters;
+  static constexpr bool kSpeculative = (2 * kKeys + kDimV) / 2 + HEDDLE_SPEC_SLACK <= kConsumerRegisters;
 };
 
 }  // namespace heddle::cuda

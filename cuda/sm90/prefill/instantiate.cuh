@@ -22,6 +22,7 @@ void make_prefill_worklist(const PrefillParams& params, cudaStream_t stream) {
   constexpr int kWarps = 8;
   const PrefillWorklist& list = params.worklist;
   const std::int64_t warps = std::int64_t{list.row_tiles} * list.words;
+  if (warps == 0) return;  // no keys
   const dim3 grid(static_cast<unsigned>((warps + kWarps - 1) / kWarps), static_cast<unsigned>(list.heads),
                   static_cast<unsigned>(list.requests));
   prefill_worklist_kernel<Config::kKeys, kWarps><<<grid, 32 * kWarps, 0, stream>>>(params);

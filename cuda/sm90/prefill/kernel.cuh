@@ -34,7 +34,7 @@ struct alignas(1024) PrefillShared {
   Barrier item_full[kItemSlots], item_empty[kItemSlots];
   PrefillItem item[kItemSlots];
   Barrier note_full[kNoteSlots], note_empty[kNoteSlots];
-  int has_tiles[kItemSlots];    // -1: no item, the end
+  int item_valid[kItemSlots];   // 0: the end
   int note[kNoteSlots];         // from the planner to the loader
   int k_note[Config::kStages];  // of the key tiles that lie in k
 };
@@ -55,9 +55,10 @@ class PrefillPlanner {
       if (lane() == 0) shared_.item[slot_.stage()] = queue.item(index);
       __syncwarp();
       TileWalk<Config::kKeys> walk(params_, shared_.item[slot_.stage()]);
-      announce(walk.done() ? 0 : 1);
-      while (!walk.done()) {
-        const TileNote note = walk.take();
+      announce(true);
+      TileNote note{0};
+      do {
+        note = walk.take();
         shared_.note_empty[note_.stage()].wait(note_.parity() ^ 1);
         if (lane() == 0) {
           shared_.note[note_.stage()] = note.value;
@@ -65,18 +66,18 @@ class PrefillPlanner {
         }
         __syncwarp();
         note_.advance();
-      }
+      } while (!note.last());
     }
     shared_.item_empty[slot_.stage()].wait(slot_.parity() ^ 1);
-    announce(-1);
+    announce(false);
     queue.finish();
   }
 
  private:
   __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  __device__ __forceinline__ void announce(int has_tiles) {
+  __device__ __forceinline__ void announce(bool valid) {
     if (lane() == 0) {
-      shared_.has_tiles[slot_.stage()] = has_tiles;
+      shared_.item_valid[slot_.stage()] = valid;
       shared_.item_full[slot_.stage()].arrive();
     }
     __syncwarp();
@@ -100,22 +101,19 @@ class PrefillLoader {
   __device__ __forceinline__ void run() {
     while (true) {
       shared_.item_full[slot_.stage()].wait(slot_.parity());
-      const int has_tiles = shared_.has_tiles[slot_.stage()];
-      if (has_tiles < 0) break;
+      if (shared_.item_valid[slot_.stage()] == 0) break;
       const PrefillItem& item = shared_.item[slot_.stage()];
-      if (has_tiles > 0) {
-        // K_0, Q, K_1, V_0, K_2, V_1, ...: the order in which they are needed.
-        TileNote note = next_note();
-        load_k(item, note);
-        load_q(item);
-        while (!note.last()) {
-          const TileNote next = next_note();
-          load_k(item, next);
-          load_v(item, note.tile());
-          note = next;
-        }
+      // K_0, Q, K_1, V_0, K_2, V_1, ...: the order in which they are needed.
+      TileNote note = next_note();
+      load_k(item, note);
+      load_q(item);
+      while (!note.last()) {
+        const TileNote next = next_note();
+        load_k(item, next);
         load_v(item, note.tile());
+        note = next;
       }
+      load_v(item, note.tile());
       __syncwarp();
       if (lane_ == 0) shared_.item_empty[slot_.stage()].arrive();
       slot_.advance();
@@ -148,7 +146,7 @@ class PrefillLoader {
     shared_.k_empty[k_.stage()].wait(k_.parity() ^ 1);
     if (lane_ == 0) {
       shared_.k_note[k_.stage()] = note.value;
-      shared_.k_full[k_.stage()].arrive_expecting(Config::kChunks * Config::kKvChunkBytes);
+      shared_.k_full[k_.stage()].arrive_expecting(item.kv_len > 0 ? Config::kChunks * Config::kKvChunkBytes : 0);
     }
     __syncwarp();
     load_keys<Config::kChunks>(params_.k_map, shared_.k_full[k_.stage()], shared_.k[k_.stage()], item, note.tile());
@@ -156,7 +154,9 @@ class PrefillLoader {
   }
   __device__ __forceinline__ void load_v(const PrefillItem& item, int tile) {
     shared_.v_empty[v_.stage()].wait(v_.parity() ^ 1);
-    if (lane_ == 0) shared_.v_full[v_.stage()].arrive_expecting(Config::kChunksV * Config::kKvChunkBytes);
+    if (lane_ == 0) {
+      shared_.v_full[v_.stage()].arrive_expecting(item.kv_len > 0 ? Config::kChunksV * Config::kKvChunkBytes : 0);
+    }
     __syncwarp();
     load_keys<Config::kChunksV>(params_.v_map, shared_.v_full[v_.stage()], shared_.v[v_.stage()], item, tile);
     v_.advance();
@@ -166,6 +166,7 @@ class PrefillLoader {
   __device__ __forceinline__ void load_keys(const CUtensorMap& map, Barrier& full,
                                             std::uint8_t (&to)[kChunks][Config::kKvChunkBytes], const PrefillItem& item,
                                             int tile) {
+    if (item.kv_len == 0) return;  // there may be no memory to read: what lies in the stage is masked and cleared
     const int head = item.q_head / params_.group, first = tile * Config::kKeys;
     if (params_.page_size == 0) {
       if (lane_ < kChunks) {
@@ -215,45 +216,52 @@ class PrefillConsumer {
 
   __device__ __forceinline__ void run() {
     if (warpgroup_ == Config::kWarpgroups - 1) pass_turn();  // the first turn is warpgroup 0's
-    while (true) {
-      shared_.item_full[slot_.stage()].wait(slot_.parity());
-      const int has_tiles = shared_.has_tiles[slot_.stage()];
-      if (has_tiles < 0) break;
+    float s[kKeys / 2];
+    bool valid = begin(s);
+    while (valid) {
       const PrefillItem& item = shared_.item[slot_.stage()];
       float o[kDimV / 2];
 #pragma unroll
       for (int i = 0; i < kDimV / 2; ++i) o[i] = 0.0f;
       RowState state;
-      if (has_tiles > 0) multiply(item, o, state);
+      valid = multiply(item, s, o, state);
       finish(item, o, state);
       __syncwarp();
-      if (elect_one()) shared_.item_empty[slot_.stage()].arrive();
-      slot_.advance();
+      if (elect_one()) shared_.item_empty[slot_.previous()].arrive();
     }
+    wgmma_wait<0>();
     if (warpgroup_ == 0) await_turn();  // the last turn that was passed
   }
 
  private:
-  __device__ __forceinline__ void multiply(const PrefillItem& item, float (&o)[kDimV / 2], RowState& state) {
-    float s[kKeys / 2];
-    std::uint32_t even[kKeys / 4], odd[kKeys / 4];  // probabilities of every other tile
-
-    shared_.q_full.wait(q_parity_);
-    q_parity_ ^= 1;
-    shared_.k_full[k_.stage()].wait(k_.parity());
-    TileNote note = read_note();
+  // Issues the scores of the next row tile's first KV tile. If there is none it returns false and those are of whatever
+  // lies there: products have to be issued in any case for others to run on over the place.
+  __device__ __forceinline__ bool begin(float (&s)[kKeys / 2]) {
+    shared_.item_full[slot_.stage()].wait(slot_.parity());
+    const bool valid = __shfl_sync(kFullWarp, shared_.item_valid[slot_.stage()], 0) != 0;
+    if (valid) {
+      shared_.q_full.wait(slot_.at % 2);  // one phase for each row tile
+      shared_.k_full[k_.stage()].wait(k_.parity());
+    }
     wgmma_fence();
     issue_scores(s);
     wgmma_commit();
+    return valid;
+  }
+  // A row tile whose first scores were issued; returns whether another follows, whose first scores are issued then.
+  __device__ __forceinline__ bool multiply(const PrefillItem& item, float (&s)[kKeys / 2], float (&o)[kDimV / 2],
+                                           RowState& state) {
+    std::uint32_t even[kKeys / 4], odd[kKeys / 4];  // probabilities of every other tile
+    TileNote note = read_note();
     wgmma_wait<0>();
     pin(s);
-    release(shared_.k_empty, k_);
+    release_scores(note);
     prepare(item, note, s);
     state.template start<T>(s, params_.scale_log2, even);
     while (true) {
-      if (note.last()) return multiply_last(item, note, o, even);
+      if (note.last()) return multiply_last(item, note, s, even, o);
       note = step(item, note, s, even, odd, o, state);
-      if (note.last()) return multiply_last(item, note, o, odd);
+      if (note.last()) return multiply_last(item, note, s, odd, o);
       note = step(item, note, s, odd, even, o, state);
     }
   }
@@ -279,7 +287,7 @@ class PrefillConsumer {
     pass_turn();
     wgmma_wait<1>();
     pin(s);
-    release(shared_.k_empty, k_);
+    release_scores(next);
     prepare(item, next, s);
     const bool moved = state.template update<T, Config::kSpeculative>(s, params_.scale_log2, p_next, decay);
     pin(p_next);  // all of this before the wait, not after
@@ -290,9 +298,9 @@ class PrefillConsumer {
     if (moved) rescale(o, decay);
     return next;
   }
-  __device__ __forceinline__ void multiply_last(const PrefillItem& item, TileNote note, float (&o)[kDimV / 2],
-                                                std::uint32_t (&p)[kKeys / 4]) {
-    if (elect_one()) shared_.q_empty.arrive();
+  // The last product, and beside it the first of the next row tile, which runs on.
+  __device__ __forceinline__ bool multiply_last(const PrefillItem& item, TileNote note, float (&s)[kKeys / 2],
+                                                std::uint32_t (&p)[kKeys / 4], float (&o)[kDimV / 2]) {
     shared_.v_full[v_.stage()].wait(v_.parity());
     clear_behind(item, note);
     pin(o);
@@ -300,9 +308,13 @@ class PrefillConsumer {
     wgmma_fence();
     issue_output(o, p);
     wgmma_commit();
-    wgmma_wait<0>();
+    slot_.advance();
+    const bool more = begin(s);
+    wgmma_wait<1>();
     pin(o);
+    pin(p);
     release(shared_.v_empty, v_);
+    return more;
   }
 
   // All lanes read the same; the shuffle tells the compiler so, which then lets products run on over branches.
@@ -367,19 +379,16 @@ class PrefillConsumer {
       const int query = query_of(item, row() + 8 * half), head = head_of(item, row() + 8 * half);
       const bool valid = is_row(row() + 8 * half) && query < item.q_len;
       const auto add = [](float a, float b) { return a + b; };
-      float sum = quad_reduce(state.sum[half], add), rounded = quad_reduce(state.rounded[half], add);
+      float sum = quad_reduce(state.sum[half], add);
       float top = state.at[half], decay = 1.0f;
       if (params_.sinks != nullptr && valid) {
         const float sink = __ldg(params_.sinks + head) * kLog2E;
         const float joined = fmaxf(top, sink), at = joined == -INFINITY ? 0.0f : joined;
         decay = exp2_approx(top - at);
-        const float own = exp2_approx(sink - at);
-        sum = sum * decay + own;
-        rounded = rounded * decay + own;
+        sum = sum * decay + exp2_approx(sink - at);
         top = joined;
       }
-      if constexpr (!Config::kSpeculative) rounded = sum;
-      const float factor = rounded == 0.0f ? 0.0f : decay / rounded;
+      const float factor = sum == 0.0f ? 0.0f : __fdividef(decay, sum);
       if (params_.lse != nullptr && valid && thread() % 4 == 0) {
         const float lse = sum == 0.0f ? -INFINITY : (top + log2f(sum)) * kLn2;
         params_
@@ -408,7 +417,7 @@ class PrefillConsumer {
     T* to = static_cast<T*>(params_.out.data) + item.q_page * params_.out.page + head * params_.out.head +
             (item.q_first + query) * params_.out.slot;
     const int lane = thread() % 4;
-    float check = 0.0f;
+    std::uint32_t zeros = 0;  // stays so unless something is not finite
 #pragma unroll
     for (int first = 0; first < kDimV / 8; first += 4) {
       std::uint32_t x[4];
@@ -416,16 +425,14 @@ class PrefillConsumer {
       for (int j = 0; j < 4; ++j) {
         const int at = 4 * (first + j) + 2 * half;
         if (at >= kDimV / 2) continue;
-        // NaN if one of them is NaN or infinite: a difference from itself, of two at a time.
-        const float both = o[at] + o[at + 1];
-        check += both - both;
         x[j] = pack<T>(o[at] * factor, o[at + 1] * factor);
+        add_zero_times<T>(zeros, x[j]);
       }
       transpose_quad(x, lane);
       const int column = (first + lane) * 8;
       if (valid && column < params_.head_dim_v) *reinterpret_cast<uint4*>(to + column) = uint4{x[0], x[1], x[2], x[3]};
     }
-    return check == 0.0f && factor - factor == 0.0f;
+    return (zeros & 0x7fff7fffu) == 0;
   }
   // x[j] becomes what lane j of the quad had in its x[lane].
   __device__ __forceinline__ static void transpose_quad(std::uint32_t (&x)[4], int lane) {
@@ -460,6 +467,12 @@ class PrefillConsumer {
     at.advance();
   }
 
+  // What the scores of a KV tile were made of: its keys, and after the last the queries.
+  __device__ __forceinline__ void release_scores(TileNote note) {
+    release(shared_.k_empty, k_);
+    if (note.last() && elect_one()) shared_.q_empty.arrive();
+  }
+
   static constexpr int kTurnBarrier = 1, kClearBarrier = 1 + Config::kWarpgroups;
   __device__ __forceinline__ void await_turn() const {
     if constexpr (Config::kTakeTurns) named_sync(kTurnBarrier + warpgroup_, 256);
@@ -472,7 +485,6 @@ class PrefillConsumer {
   PrefillShared<Config>& shared_;
   int warpgroup_;
   Operand q_;
-  std::uint32_t q_parity_ = 0;
   RingPosition<Config::kStages> k_, v_;
   RingPosition<kItemSlots> slot_;
 };

@@ -30,90 +30,133 @@ __device__ __forceinline__ void map_scores(float (&s)[N], ScoreMap map, float fa
   for (int i = 0; i < N; ++i) s[i] = map == ScoreMap::kSoftcap ? tanh_from_exp2(factor * s[i]) : factor * s[i];
 }
 
+// Which of its kColumns columns of a row a thread keeps, one bit each. Its columns are 0, 1, 8, 9, 16, 17, ... of what
+// is counted from its first.
+template <int kColumns>
+class ColumnBits {
+ public:
+  // Of `begin` up to `end`.
+  __device__ __forceinline__ void add(int begin, int end) {
+    const int from = before(begin), to = before(end);
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) words_[word] |= low_bits(to - 32 * word) & ~low_bits(from - 32 * word);
+  }
+  __device__ __forceinline__ void add_column(int column) { add(column, column + 1); }
+  __device__ __forceinline__ void keep(const ColumnBits& other) {
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) words_[word] &= other.words_[word];
+  }
+  __device__ __forceinline__ bool operator[](int i) const { return (words_[i / 32] >> i % 32 & 1) != 0; }
+
+ private:
+  static constexpr int kWords = (kColumns + 31) / 32;
+
+  // How many of the thread's columns lie before `column`.
+  __device__ __forceinline__ static int before(int column) {
+    const int inside = min(max(column, 0), 4 * kColumns);
+    return inside / 8 * 2 + min(inside % 8, 2);
+  }
+  __device__ __forceinline__ static std::uint32_t low_bits(int count) {
+    return __funnelshift_lc(0xffffffffu, 0u, static_cast<unsigned>(max(count, 0)));  // all of them from 32 on
+  }
+
+  std::uint32_t words_[kWords] = {};
+};
+
 // Scores that are not seen become -inf. `queries` are those of the thread's two rows; `key` is its first column's.
 template <int N>
 __device__ __forceinline__ void mask_scores(float (&s)[N], const Visibility& visibility, const int (&queries)[2],
                                             int key) {
-  const PatternKind kind = visibility.pattern.kind;
+  constexpr int kColumns = N / 2, kKeys = 4 * kColumns;
+  const Pattern& pattern = visibility.pattern;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const Span allowed = visibility.allowed(queries[row]);
-    const int begin = allowed.begin - key, end = allowed.end - key;
-    if (kind == PatternKind::kNone) {
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i) {
-        const int column = i / 2 * 8 + i % 2;
-        if (column < begin || column >= end) s[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
-      }
-      continue;
-    }
-    // Whatever else, a column at a time; rolled up, since the tests are long and the scores in registers.
-    std::uint64_t seen = 0;
+    const int query = queries[row];
+    const Span allowed = visibility.allowed(query);
+    ColumnBits<kColumns> seen;
+    seen.add(allowed.begin - key, allowed.end - key);
+    if (pattern.kind != PatternKind::kNone) {
+      ColumnBits<kColumns> chosen;
+      switch (pattern.kind) {
+        case PatternKind::kNone: break;
+        case PatternKind::kWindowGlobal: {
+          const Span selected = visibility.selected(query);
+          chosen.add(selected.begin - key, selected.end - key);
+          chosen.add(0, pattern.num_global - key);
+          break;
+        }
+        case PatternKind::kStrided: {
+          const int position = query + visibility.offset;
+          chosen.add(position - pattern.width + 1 - key, kKeys);
+          // Multiples of the stride behind the query, from the last one in the tile down.
+          const int last = min(key + kKeys - 1, position), beyond = (position - last) % pattern.stride;
+          const int first = beyond == 0 ? last : last - (pattern.stride - beyond);
 #pragma unroll 1
-    for (int i = 0; i < N / 2; ++i) {
-      const int column = i / 2 * 8 + i % 2;
-      if (column >= begin && column < end && visibility.chosen(queries[row], key + column))
-        seen |= std::uint64_t{1} << i;
+          for (int at = first; at >= key; at -= pattern.stride) chosen.add_column(at - key);
+          break;
+        }
+        case PatternKind::kBlockMask: {
+          const int block_row = query / pattern.block_q, end = min(key + kKeys, visibility.kv_len);
+#pragma unroll 1
+          for (int block = key / pattern.block_k; block * pattern.block_k < end; ++block) {
+            const int begin = block * pattern.block_k - key;
+            if (visibility.block(block_row, block)) chosen.add(begin, begin + pattern.block_k);
+          }
+          break;
+        }
+      }
+      seen.keep(chosen);
     }
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      if ((seen >> i & 1) == 0) s[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
+    for (int i = 0; i < kColumns; ++i) {
+      if (!seen[i]) s[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
     }
   }
 }
 
-template <class T>
-__device__ __forceinline__ float2 unpack(std::uint32_t both);
-template <>
-__device__ __forceinline__ float2 unpack<__nv_bfloat16>(std::uint32_t both) {
-  return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
-}
-template <>
-__device__ __forceinline__ float2 unpack<__half>(std::uint32_t both) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&both));
-}
+// Whether one of the two 16-bit numbers is 2 or more, infinity or NaN: then, and of numbers that are not negative, the
+// upper bit of its exponent is set. In both formats that is bit 14.
+__device__ __forceinline__ bool any_reaches_two(std::uint32_t both) { return (both & 0x40004000u) != 0; }
 
-// The running softmax of the thread's two rows, in binary exponents: a probability is 2^(scale_log2 s - at). `at` is
-// the largest exponent seen when it was last set, and later ones may exceed it somewhat; `sum` is the thread's own
-// share.
+// The running softmax of the thread's two rows, in binary exponents: a probability is 2^(scale_log2 s - at).
+//
+// Any reference `at` is as good as the row's maximum as long as the largest probabilities are neither tiny nor huge, so
+// it stays until a probability reaches 2. It is set kMargin above the maximum of then, hence moves when a score is
+// 2^(kMargin + 1) times as probable as that one. More would cost exactness: a probability is rounded to 16 bits. Where
+// it has nearly all of its row's weight, it has to be a power of two, as that of the old maximum is; one that is not
+// has at most 2^(kMargin + 1) to 1 of the weight, where normalized probabilities are rounded as much.
 struct RowState {
   float at[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0.0f, 0.0f};
-  // The same of the probabilities as they are multiplied, rounded to 16 bits. Divided by it, an output that one key
-  // dominates is exact, whatever the reference. (Relative to the maximum that key has 1, and the sum does.)
-  float rounded[2] = {0.0f, 0.0f};
+  float sum[2] = {0.0f, 0.0f};  // the thread's own share
+
+  static constexpr float kMargin = 4.0f;
 
   // Probabilities of one tile as the A operand of the product with V, four words for every 16 keys. True: `at` had to
   // be moved, and what was summed before has to be multiplied by `decay`.
   //
-  // kSpeculative: no maximum is taken. As long as no probability is large, any reference is as good as the largest
-  // score, and one that is large shows in the sum. That saves a third of the instructions and the wait for a maximum,
-  // but the scores have to be kept until it is clear that they need not be taken again.
+  // kSpeculative: probabilities are taken at once, and that one reaches 2 shows in their bits. That saves the maximum,
+  // a fifth of the instructions, and the wait for it, but the scores have to be kept until it is clear that they need
+  // not be taken again.
   template <class T, bool kSpeculative, int N>
   __device__ __forceinline__ bool update(const float (&s)[N], float scale_log2, std::uint32_t (&p)[N / 2],
                                          float (&decay)[2]) {
-    float here[2], rounded_here[2];
+    float here[2];
     bool moves;
     if constexpr (kSpeculative) {
-      // Half precision ends at 65504; a thread's sum bounds its probabilities. NaN and infinity are large too.
-      constexpr float kLargestSum = 4096.0f;
-      exponentials<T>(s, scale_log2, at, p, here, rounded_here);
-      moves = __any_sync(kFullWarp, !(here[0] <= kLargestSum && here[1] <= kLargestSum));
+      moves = __any_sync(kFullWarp, any_reaches_two(exponentials<T>(s, scale_log2, at, p, here)));
       if (moves) {
         move(s, scale_log2, decay);
-        exponentials<T>(s, scale_log2, at_or_zero(), p, here, rounded_here);
+        exponentials<T>(s, scale_log2, at_or_zero(), p, here);
       }
     } else {
-      const bool exceeds = most<0>(s) * scale_log2 > at[0] || most<1>(s) * scale_log2 > at[1];
+      // Not below 1: also where nothing was seen so far.
+      const bool exceeds = !(most<0>(s) * scale_log2 - at[0] < 1.0f && most<1>(s) * scale_log2 - at[1] < 1.0f);
       moves = __any_sync(kFullWarp, exceeds);
       if (moves) move(s, scale_log2, decay);
-      exponentials<T>(s, scale_log2, at_or_zero(), p, here, rounded_here);
+      exponentials<T>(s, scale_log2, at_or_zero(), p, here);
     }
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      sum[row] += here[row];
-      rounded[row] += rounded_here[row];
-    }
+    sum[0] += here[0];
+    sum[1] += here[1];
     return moves;
   }
   // The same for the first tile.
@@ -121,7 +164,7 @@ struct RowState {
   __device__ __forceinline__ void start(const float (&s)[N], float scale_log2, std::uint32_t (&p)[N / 2]) {
     float decay[2];
     move(s, scale_log2, decay);
-    exponentials<T>(s, scale_log2, at_or_zero(), p, sum, rounded);
+    exponentials<T>(s, scale_log2, at_or_zero(), p, sum);
   }
 
  private:
@@ -140,37 +183,38 @@ struct RowState {
     for (int i = 8 + 2 * kRow; i < N; i += 4) most[i / 4 % 2] = fmaxf(most[i / 4 % 2], fmaxf(s[i], s[i + 1]));
     return fmaxf(most[0], most[1]);
   }
-  // Moves `at` to the largest exponent of the row.
+  // Moves `at` to kMargin above the largest exponent of the row so far, or leaves it if that is lower.
   template <int N>
   __device__ __forceinline__ void move(const float (&s)[N], float scale_log2, float (&decay)[2]) {
     const float largest[2] = {most<0>(s), most<1>(s)};
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float now =
-          fmaxf(quad_reduce(largest[row], [](float a, float b) { return fmaxf(a, b); }) * scale_log2, at[row]);
+      const float most = quad_reduce(largest[row], [](float a, float b) { return fmaxf(a, b); }) * scale_log2;
+      const float now = most - at[row] < 1.0f ? at[row] : fmaxf(most + kMargin, at[row]);
       decay[row] = now == -INFINITY ? 1.0f : exp2_approx(at[row] - now);
       sum[row] *= decay[row];
-      rounded[row] *= decay[row];
       at[row] = now;
     }
   }
+  // Returns all words of p in one, bit by bit.
   template <class T, int N, class Reference>
-  __device__ __forceinline__ static void exponentials(const float (&s)[N], float scale_log2, const Reference& reference,
-                                                      std::uint32_t (&p)[N / 2], float (&total)[2],
-                                                      float (&rounded_total)[2]) {
+  __device__ __forceinline__ static std::uint32_t exponentials(const float (&s)[N], float scale_log2,
+                                                               const Reference& reference, std::uint32_t (&p)[N / 2],
+                                                               float (&total)[2]) {
+    std::uint32_t all = 0;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      total[row] = rounded_total[row] = 0.0f;
+      total[row] = 0.0f;
 #pragma unroll
       for (int i = 2 * row; i < N; i += 4) {
         const float low = exp2_approx(s[i] * scale_log2 - reference[row]);
         const float high = exp2_approx(s[i + 1] * scale_log2 - reference[row]);
         p[i / 2] = pack<T>(low, high);
-        const float2 both = unpack<T>(p[i / 2]);
+        all |= p[i / 2];
         total[row] += low + high;
-        rounded_total[row] += both.x + both.y;
       }
     }
+    return all;
   }
 };
 

@@ -1,5 +1,5 @@
 // The KV tiles that a row tile visits, last first: intervals where the pattern has them, else bits that were made
-// before. Asked by the producer; consumers are told tile by tile.
+// before. Asked by the planner; the others are told tile by tile. A row tile that sees nothing visits tile 0, masked.
 #pragma once
 
 #include "cuda/common/online_softmax.cuh"
@@ -58,15 +58,16 @@ class TileWalk {
     step();
   }
 
-  __device__ __forceinline__ bool done() const { return upcoming_ < 0; }
+  // The next of them. Not after the last.
   __device__ __forceinline__ TileNote take() {
+    if (upcoming_ < 0) return {flags_ | TileNote::kMasked | TileNote::kLast};
     const int begin = upcoming_ * kKeys, end = begin + kKeys, masked_bit = masked_;
     const bool unmasked = bits_ != nullptr
                               ? masked_bit == 0
                               : (begin >= unmasked_.begin && end <= unmasked_.end) || end <= unmasked_global_;
     const int tile = upcoming_;
     step();
-    return {tile << TileNote::kShift | flags_ | (unmasked ? 0 : TileNote::kMasked) | (done() ? TileNote::kLast : 0)};
+    return {tile << TileNote::kShift | flags_ | (unmasked ? 0 : TileNote::kMasked) | (upcoming_ < 0 ? TileNote::kLast : 0)};
   }
 
  private:
