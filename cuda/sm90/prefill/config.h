@@ -1,8 +1,5 @@
 // How the prefill kernel is cut for a head dimension, and what of shared memory and registers that takes.
 #pragma once
-#ifndef HEDDLE_SPEC_SLACK
-#define HEDDLE_SPEC_SLACK 35
-#endif
 
 #include <cstddef>
 
@@ -25,9 +22,14 @@ struct PrefillConfig {
   static constexpr int kChunksV = (kDimV + kChunkElements - 1) / kChunkElements;
   static constexpr int kQChunkBytes = kRows * kChunkRowBytes;
   static constexpr int kKvChunkBytes = kKeys * kChunkRowBytes;
+  // Two row tiles of queries where shared memory goes that far: the next ones come while the last are still needed.
+  static constexpr int kQBytes = kChunks * kQChunkBytes, kKvBytes = kStages * (kChunks + kChunksV) * kKvChunkBytes;
+  static constexpr int kQStages = 2 * kQBytes + kKvBytes <= 220 << 10 ? 2 : 1;
+  // The first product of a row tile runs while the one before it is written. Not where its queries come too late.
+  static constexpr bool kOverlapEnds = kQStages == 2;
   static_assert(kDim % 16 == 0 && kKeys % 16 == 0, "whole steps of the matrix instruction");
 
-  // 65,536 registers: 2 x 240 + 24 or 3 x 160 + 32 a thread of 128. The scores, the output and the probabilities of a
+  // 65,536 registers: 2 x 232 + 40 or 3 x 160 + 32 a thread of 128. The scores, the output and the probabilities of a
   // row tile are (kKeys + kDimV + kKeys / 2) / 2 a thread, which leaves room for some 30 others.
   static constexpr int kProducerRegisters = kWarpgroups == 1 ? 56 : kWarpgroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 1 ? 256 : kWarpgroups == 2 ? 232 : 160;
@@ -37,7 +39,7 @@ struct PrefillConfig {
   // products enough to hide it.
   static constexpr bool kTakeTurns = kWarpgroups > 1 && kDim <= 128;
   // Scores that are kept until their probabilities are accepted, two tiles of probabilities and the output have to fit.
-  static constexpr bool kSpeculative = (2 * kKeys + kDimV) / 2 + HEDDLE_SPEC_SLACK <= kConsumerRegisters;
+  static constexpr bool kSpeculative = (2 * kKeys + kDimV) / 2 + (kWarpgroups == 3 ? 31 : 35) <= kConsumerRegisters;
 };
 
 }  // namespace heddle::cuda

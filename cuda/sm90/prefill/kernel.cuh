@@ -25,10 +25,10 @@ inline constexpr int kItemSlots = 2, kNoteSlots = 8;
 
 template <class Config>
 struct alignas(1024) PrefillShared {
-  std::uint8_t q[Config::kChunks][Config::kQChunkBytes];
+  std::uint8_t q[Config::kQStages][Config::kChunks][Config::kQChunkBytes];
   std::uint8_t k[Config::kStages][Config::kChunks][Config::kKvChunkBytes];
   std::uint8_t v[Config::kStages][Config::kChunksV][Config::kKvChunkBytes];
-  Barrier q_full, q_empty;
+  Barrier q_full[Config::kQStages], q_empty[Config::kQStages];
   Barrier k_full[Config::kStages], k_empty[Config::kStages];
   Barrier v_full[Config::kStages], v_empty[Config::kStages];
   Barrier item_full[kItemSlots], item_empty[kItemSlots];
@@ -132,15 +132,16 @@ class PrefillLoader {
 
   __device__ __forceinline__ void load_q(const PrefillItem& item) {
     const int rows = params_.schedule.queries_per_tile * params_.packed_heads;
-    shared_.q_empty.wait(q_parity_ ^ 1);
-    q_parity_ ^= 1;
-    if (lane_ == 0) shared_.q_full.arrive_expecting(Config::kChunks * rows * kChunkRowBytes);
+    Barrier& full = shared_.q_full[q_.stage()];
+    shared_.q_empty[q_.stage()].wait(q_.parity() ^ 1);
+    if (lane_ == 0) full.arrive_expecting(Config::kChunks * rows * kChunkRowBytes);
     __syncwarp();
     if (lane_ < Config::kChunks) {
-      load_box(params_.q_map, shared_.q_full, shared_.q[lane_], CacheHint::kEvictFirst, lane_ * kChunkElements, 0,
+      load_box(params_.q_map, full, shared_.q[q_.stage()][lane_], CacheHint::kEvictFirst, lane_ * kChunkElements, 0,
                item.q_first + item.first_query, item.q_head / params_.packed_heads, item.q_page);
     }
     __syncwarp();
+    q_.advance();
   }
   __device__ __forceinline__ void load_k(const PrefillItem& item, TileNote note) {
     shared_.k_empty[k_.stage()].wait(k_.parity() ^ 1);
@@ -194,7 +195,7 @@ class PrefillLoader {
   const PrefillParams& params_;
   PrefillShared<Config>& shared_;
   int lane_;
-  std::uint32_t q_parity_ = 0;
+  RingPosition<Config::kQStages> q_;
   RingPosition<Config::kStages> k_, v_;
   RingPosition<kNoteSlots> note_;
   RingPosition<kItemSlots> slot_;
@@ -212,7 +213,7 @@ class PrefillConsumer {
       : params_(params),
         shared_(shared),
         warpgroup_(__shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128 - 1, 0)),
-        q_(k_major(shared.q[0] + warpgroup_ * 64 * kChunkRowBytes)) {}
+        queries_(k_major(shared.q[0][0] + warpgroup_ * 64 * kChunkRowBytes)) {}
 
   __device__ __forceinline__ void run() {
     if (warpgroup_ == Config::kWarpgroups - 1) pass_turn();  // the first turn is warpgroup 0's
@@ -228,6 +229,7 @@ class PrefillConsumer {
       finish(item, o, state);
       __syncwarp();
       if (elect_one()) shared_.item_empty[slot_.previous()].arrive();
+      if constexpr (!Config::kOverlapEnds) valid = begin(s);
     }
     wgmma_wait<0>();
     if (warpgroup_ == 0) await_turn();  // the last turn that was passed
@@ -240,7 +242,7 @@ class PrefillConsumer {
     shared_.item_full[slot_.stage()].wait(slot_.parity());
     const bool valid = __shfl_sync(kFullWarp, shared_.item_valid[slot_.stage()], 0) != 0;
     if (valid) {
-      shared_.q_full.wait(slot_.at % 2);  // one phase for each row tile
+      shared_.q_full[q_.stage()].wait(q_.parity());
       shared_.k_full[k_.stage()].wait(k_.parity());
     }
     wgmma_fence();
@@ -248,7 +250,7 @@ class PrefillConsumer {
     wgmma_commit();
     return valid;
   }
-  // A row tile whose first scores were issued; returns whether another follows, whose first scores are issued then.
+  // A row tile whose first scores were issued. With kOverlapEnds: whether another follows; its first scores are issued.
   __device__ __forceinline__ bool multiply(const PrefillItem& item, float (&s)[kKeys / 2], float (&o)[kDimV / 2],
                                            RowState& state) {
     std::uint32_t even[kKeys / 4], odd[kKeys / 4];  // probabilities of every other tile
@@ -298,7 +300,7 @@ class PrefillConsumer {
     if (moved) rescale(o, decay);
     return next;
   }
-  // The last product, and beside it the first of the next row tile, which runs on.
+  // The last product, and with kOverlapEnds beside it the first of the next row tile, which runs on.
   __device__ __forceinline__ bool multiply_last(const PrefillItem& item, TileNote note, float (&s)[kKeys / 2],
                                                 std::uint32_t (&p)[kKeys / 4], float (&o)[kDimV / 2]) {
     shared_.v_full[v_.stage()].wait(v_.parity());
@@ -309,8 +311,9 @@ class PrefillConsumer {
     issue_output(o, p);
     wgmma_commit();
     slot_.advance();
-    const bool more = begin(s);
-    wgmma_wait<1>();
+    bool more = true;
+    if constexpr (Config::kOverlapEnds) more = begin(s);
+    wgmma_wait<Config::kOverlapEnds ? 1 : 0>();
     pin(o);
     pin(p);
     release(shared_.v_empty, v_);
@@ -323,11 +326,12 @@ class PrefillConsumer {
   }
 
   __device__ __forceinline__ void issue_scores(float (&s)[kKeys / 2]) {
+    const Operand q = queries_ + q_.stage() * Config::kChunks * Config::kQChunkBytes;
     const Operand k = k_major(shared_.k[k_.stage()][0]);
 #pragma unroll
     for (int step = 0; step < Config::kDim / 16; ++step) {
       const int chunk = step / 4, inside = step % 4 * 32;
-      wgmma_ss<T, kKeys>(s, q_ + (chunk * Config::kQChunkBytes + inside), k + (chunk * Config::kKvChunkBytes + inside),
+      wgmma_ss<T, kKeys>(s, q + (chunk * Config::kQChunkBytes + inside), k + (chunk * Config::kKvChunkBytes + inside),
                          step > 0);
     }
   }
@@ -390,7 +394,7 @@ class PrefillConsumer {
       }
       const float factor = sum == 0.0f ? 0.0f : __fdividef(decay, sum);
       if (params_.lse != nullptr && valid && thread() % 4 == 0) {
-        const float lse = sum == 0.0f ? -INFINITY : (top + log2f(sum)) * kLn2;
+        const float lse = sum == 0.0f ? -INFINITY : (top + __log2f(sum)) * kLn2;
         params_
             .lse[item.q_page * params_.lse_page + head * params_.lse_head + (item.q_first + query) * params_.lse_slot] =
             lse;
@@ -455,11 +459,14 @@ class PrefillConsumer {
   __device__ __forceinline__ bool is_row(int row) const {
     return row < params_.schedule.queries_per_tile * params_.packed_heads;
   }
+  __device__ __forceinline__ int query_in_tile(int row) const {  // row / packed_heads
+    return row * params_.packed_heads_reciprocal >> 16;
+  }
   __device__ __forceinline__ int query_of(const PrefillItem& item, int row) const {
-    return item.first_query + row / params_.packed_heads;
+    return item.first_query + query_in_tile(row);
   }
   __device__ __forceinline__ int head_of(const PrefillItem& item, int row) const {
-    return item.q_head + row % params_.packed_heads;
+    return item.q_head + row - query_in_tile(row) * params_.packed_heads;
   }
 
   __device__ __forceinline__ void release(Barrier (&empty)[Config::kStages], RingPosition<Config::kStages>& at) {
@@ -470,7 +477,9 @@ class PrefillConsumer {
   // What the scores of a KV tile were made of: its keys, and after the last the queries.
   __device__ __forceinline__ void release_scores(TileNote note) {
     release(shared_.k_empty, k_);
-    if (note.last() && elect_one()) shared_.q_empty.arrive();
+    if (!note.last()) return;
+    if (elect_one()) shared_.q_empty[q_.stage()].arrive();
+    q_.advance();
   }
 
   static constexpr int kTurnBarrier = 1, kClearBarrier = 1 + Config::kWarpgroups;
@@ -484,7 +493,8 @@ class PrefillConsumer {
   const PrefillParams& params_;
   PrefillShared<Config>& shared_;
   int warpgroup_;
-  Operand q_;
+  Operand queries_;
+  RingPosition<Config::kQStages> q_;
   RingPosition<Config::kStages> k_, v_;
   RingPosition<kItemSlots> slot_;
 };
@@ -501,8 +511,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) prefill_kernel(const __gr
     prefetch_tensor_map(params.k_map);
     prefetch_tensor_map(params.v_map);
     constexpr int kWarps = 4 * Config::kWarpgroups;
-    shared.q_full.init(1);
-    shared.q_empty.init(kWarps);
+    for (int stage = 0; stage < Config::kQStages; ++stage) {
+      shared.q_full[stage].init(1);
+      shared.q_empty[stage].init(kWarps);
+    }
     for (int stage = 0; stage < Config::kStages; ++stage) {
       shared.k_full[stage].init(1);
       shared.k_empty[stage].init(kWarps);

@@ -43,6 +43,7 @@ struct PrefillParams {
   int batch = 0, q_len = 0, kv_len = 0, head_dim = 0, head_dim_v = 0;
   int num_q_heads = 0, group = 0;
   int packed_heads = 1;  // query heads of a group that share a row tile: row r is query r / packed_heads of head r % ..
+  int packed_heads_reciprocal = 1 << 16;  // 2^16 / packed_heads, rounded up
   const std::int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr, *seq_lens = nullptr, *block_table = nullptr;
   std::int64_t table_stride = 0;
   int page_size = 0, box_keys = 0;  // paged: a copy brings box_keys keys

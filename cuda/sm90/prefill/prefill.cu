@@ -146,6 +146,7 @@ void launch_attention(const AttentionArgs& args) {
   params.num_q_heads = static_cast<int>(args.num_q_heads);
   params.group = static_cast<int>(args.num_q_heads / args.num_kv_heads);
   params.packed_heads = heads_to_pack(args, variant.rows);
+  params.packed_heads_reciprocal = ((1 << 16) + params.packed_heads - 1) / params.packed_heads;
   params.cu_seqlens_q = args.cu_seqlens_q;
   params.cu_seqlens_k = args.cu_seqlens_k;
   params.seq_lens = args.seq_lens;

@@ -67,7 +67,8 @@ class TileWalk {
                               : (begin >= unmasked_.begin && end <= unmasked_.end) || end <= unmasked_global_;
     const int tile = upcoming_;
     step();
-    return {tile << TileNote::kShift | flags_ | (unmasked ? 0 : TileNote::kMasked) | (upcoming_ < 0 ? TileNote::kLast : 0)};
+    return {tile << TileNote::kShift | flags_ | (unmasked ? 0 : TileNote::kMasked) |
+            (upcoming_ < 0 ? TileNote::kLast : 0)};
   }
 
  private:
