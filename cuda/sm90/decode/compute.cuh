@@ -272,14 +272,13 @@ class Math {
   // Products in log2 units (or the argument of softcap's tanh).
   __device__ void scores(const Stage& tile, int slice, float (&x)[kColumns][4]) const {
     // Rows 0 to 15 of 16 bytes, then the 16 bytes beside them.
-    const std::uint32_t at =
-        shared_address(tile.k) + (slice * kSliceKeys + lane_ % 16) * Config::kPitch + lane_ / 16 * 16;
+    const std::uint32_t at = shared_address(tile.k[slice]) + Config::row_offset(lane_ % 16, lane_ / 16);
     if constexpr (Format::kInt8) {
       int c[kColumns][4] = {};
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         std::uint32_t a[4];
-        load_matrices(a, at + 32 * s);
+        load_matrices(a, Config::step_from(at, s));
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) mma_int8(c[n], a, query_[n][s][0], query_[n][s][1]);
       }
@@ -294,7 +293,7 @@ class Math {
 #pragma unroll
       for (int s = 0; s < kSteps; s += Format::kFp8 ? 2 : 1) {
         std::uint32_t a[4];
-        load_matrices(a, at + (Format::kFp8 ? 16 : 32) * s);
+        load_matrices(a, Config::step_from(at, Format::kFp8 ? s / 2 : s));
         if constexpr (Format::kFp8) {
           const std::uint32_t a0[4] = {Format::template halves<true>(a[0]), Format::template halves<true>(a[1]),
                                        Format::template halves<false>(a[0]), Format::template halves<false>(a[1])};
@@ -357,13 +356,14 @@ class Math {
   static constexpr int kLoadBlocks = Format::kBytes == 1 ? 2 : 1;
   __device__ void load_values(const Stage& tile, int slice, int load, std::uint32_t (&a)[kLoadBlocks][4]) const {
     // Keys 0 to 7: 16 bytes and the 16 beside them; then keys 8 to 15.
-    const int key = slice * kSliceKeys + lane_ % 8 + lane_ / 16 * 8;
-    const std::uint32_t at = shared_address(tile.v) + key * Config::kPitch + lane_ / 8 % 2 * 16;
+    const int key = lane_ % 8 + lane_ / 16 * 8;
+    const std::uint32_t at =
+        Config::step_from(shared_address(tile.v[slice]) + Config::row_offset(key, lane_ / 8 % 2), load);
     if constexpr (Format::kBytes == 2) {
-      load_matrices_transposed(a[0], at + 32 * load);
+      load_matrices_transposed(a[0], at);
     } else {
       std::uint32_t x[4];
-      load_matrices_transposed(x, at + 32 * load);
+      load_matrices_transposed(x, at);
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
         a[b][0] = Format::template halves<false>(x[b]);

@@ -35,9 +35,12 @@ constexpr RowTile row_tile(std::int64_t rows, int head_dim) {
 // Shared memory of a block on sm_90, less what the compiler's own use may take.
 inline constexpr int kSharedBytes = 227 * 1024;
 
-// Rows of K and V in shared memory: an odd number of 16-byte units apart, so that the eight rows of a matrix lie in
-// different banks.
+// Rows of Q in shared memory: an odd number of 16-byte units apart, so that eight of them lie in different banks.
 constexpr int row_pitch(int row_bytes) { return row_bytes / 16 % 2 == 1 ? row_bytes : row_bytes + 16; }
+
+// A slice of K or V in shared memory, as a bulk copy lays it down: columns of `band_bytes`, in each the 16 rows one
+// after the other, their 16-byte units exchanged so that the eight rows of a matrix lie in different banks.
+constexpr int band_bytes(int row_bytes) { return row_bytes % 128 == 0 ? 128 : row_bytes % 64 == 0 ? 64 : 32; }
 
 // What starting and ending a unit costs beside its keys, in granules of 16 keys of 16-bit elements.
 inline constexpr int kOverheadGranules = 4;

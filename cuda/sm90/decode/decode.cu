@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cuda/common/launch_early.h"
+#include "cuda/common/tensor_map.h"
 #include "cuda/launch.h"
 #include "cuda/sm90/decode/config.h"
 #include "cuda/sm90/decode/instances.h"
@@ -100,6 +101,19 @@ std::int64_t lay_out(Params& p, std::int64_t head_dim, void* workspace) {
   return at;
 }
 
+// Boxes of 16 keys of a head.
+CUtensorMap map_of(const char* name, const DecodeArgs& a, const void* data, const DecodeArgs::PageStrides& stride) {
+  const auto element = static_cast<std::int64_t>(size_of(a.cache_dtype));
+  const std::int64_t row = a.head_dim * element, band = decode::band_bytes(static_cast<int>(row)) / element;
+  const std::int64_t bands = a.head_dim / band;
+  return make_tensor_map(name, data, a.cache_dtype,
+                         {{band, 1, band},
+                          {a.page_size, stride.slot / element, decode::kSliceKeys},
+                          {bands, band, bands},
+                          {a.num_kv_heads, stride.head / element, 1},
+                          {a.num_pages, stride.page / element, 1}});
+}
+
 void set_data(const DecodeArgs& a, Params& p) {
   const std::int64_t q_bytes = 2;
   const auto bytes = [&](const DecodeArgs::Strides& s) {
@@ -134,6 +148,11 @@ void set_data(const DecodeArgs& a, Params& p) {
            (a.page_size * row) % 256 == 0;
   };
   p.fetch_ahead = stretches(a.k, a.k_stride) && stretches(a.v, a.v_stride);
+  p.whole_slices = a.tokens == nullptr && a.page_size % decode::kSliceKeys == 0;
+  if (p.whole_slices) {
+    p.k_map = map_of("keys", a, a.k, a.k_stride);
+    p.v_map = map_of("values", a, a.v, a.v_stride);
+  }
   p.seq_lens = a.seq_lens;
   p.block_table = a.block_table;
   p.table_stride = a.table_stride;

@@ -3,6 +3,7 @@
 
 #include "cuda/common/async.cuh"
 #include "cuda/common/online_softmax.cuh"
+#include "cuda/common/tma.cuh"
 #include "cuda/sm90/decode/shared.cuh"
 
 namespace heddle::cuda::decode {
@@ -43,6 +44,11 @@ class Queues {
   const Params& p_;
   int cta_, taken_ = 1;
 };
+
+// Slices that are not copied whole, and scales by token, are written by copies of every thread.
+__device__ inline bool copies_by_thread(const Params& p) { return !p.whole_slices || p.partition > 0; }
+// What fills a stage: one arrival of each warp, for its bulk copies and other writes, beside the copies of its threads.
+__device__ inline int full_arrivals(const Params& p) { return (copies_by_thread(p) ? 33 : 1) * kLoadWarps; }
 
 // What a loading warp does: slice `warp` of every tile.
 template <class Config>
@@ -198,21 +204,10 @@ class Loader {
   __device__ void issue(const Tile& tile, const Row& row) {
     auto& stage = shared_.stages[stage_];
     const bool inside = static_cast<unsigned>(row.page) < p_.num_pages;
-    std::uint32_t k_at = kNowhere, v_at = kNowhere;
-    if (inside) {
-      const auto page = static_cast<std::uint32_t>(row.page), head = static_cast<std::uint32_t>(tile.head);
-      k_at = page * p_.k_page_stride + head * p_.k_head_stride + row.slot * p_.k_slot_stride;
-      v_at = page * p_.v_page_stride + head * p_.v_head_stride + row.slot * p_.v_slot_stride;
-    }
+    const bool wanted = warp_ * kSliceKeys < tile.keys;  // slices beyond the end are not computed
     shared_.empty[stage_].wait(phase_ ^ 1);
-    if (warp_ * kSliceKeys < tile.keys) {  // slices beyond the end are not computed
-      if (p_.fetch_ahead) {
-        copy_rows<true>(stage.k, p_.k, k_at);
-        copy_rows<true>(stage.v, p_.v, v_at);
-      } else {
-        copy_rows<false>(stage.k, p_.k, k_at);
-        copy_rows<false>(stage.v, p_.v, v_at);
-      }
+    if (wanted) {
+      if (!p_.whole_slices) copy_slices(stage, tile, row, inside);
       if (lane_ < kSliceKeys) {
         const int at = warp_ * kSliceKeys + lane_;
         stage.keys[at] = inside ? row.key : kNoKey;
@@ -226,24 +221,52 @@ class Loader {
         }
       }
     }
-    shared_.full[stage_].arrive_when_copied();
+    Barrier& full = shared_.full[stage_];
+    if (copies_by_thread(p_)) full.arrive_when_copied();
     __syncwarp();
-    if (lane_ == 0) shared_.full[stage_].arrive();
+    if (lane_ == 0) {
+      if (wanted && p_.whole_slices) {
+        // Lane 0 knows the place of the first of 16 keys of one page. A page that is not in the cache is zeros.
+        full.arrive_expecting(2 * Config::kSliceBytes);
+        const int slot = static_cast<int>(row.slot);
+        load_box(p_.k_map, full, stage.k[warp_], CacheHint::kEvictFirst, 0, slot, 0, tile.head, row.page);
+        load_box(p_.v_map, full, stage.v[warp_], CacheHint::kEvictFirst, 0, slot, 0, tile.head, row.page);
+      } else {
+        full.arrive();
+      }
+    }
     advance();
+  }
+
+  __device__ void copy_slices(typename Config::Stage& stage, const Tile& tile, const Row& row, bool inside) {
+    std::uint32_t k_at = kNowhere, v_at = kNowhere;
+    if (inside) {
+      const auto page = static_cast<std::uint32_t>(row.page), head = static_cast<std::uint32_t>(tile.head);
+      k_at = page * p_.k_page_stride + head * p_.k_head_stride + row.slot * p_.k_slot_stride;
+      v_at = page * p_.v_page_stride + head * p_.v_head_stride + row.slot * p_.v_slot_stride;
+    }
+    if (p_.fetch_ahead) {
+      copy_rows<true>(stage.k[warp_], p_.k, k_at);
+      copy_rows<true>(stage.v[warp_], p_.v, v_at);
+    } else {
+      copy_rows<false>(stage.k[warp_], p_.k, k_at);
+      copy_rows<false>(stage.v[warp_], p_.v, v_at);
+    }
   }
 
   // The rows of this warp's slice, whose offsets lie in lanes 0 to 15.
   template <bool kAhead>
   __device__ void copy_rows(char* to, const char* from, std::uint32_t at) {
     constexpr int kUnits = Config::kRowBytes / 16;  // 16-byte pieces of a row
-    const std::uint32_t base = shared_address(to) + warp_ * kSliceKeys * Config::kPitch;
+    const std::uint32_t base = shared_address(to);
 #pragma unroll 4
     for (int i = 0; i < kSliceKeys * kUnits / 32; ++i) {
       const int piece = i * 32 + lane_, row = piece / kUnits, column = piece % kUnits;
       const std::uint32_t offset = __shfl_sync(kFullWarp, at, row);
       const bool inside = offset != kNowhere;
       const char* source = from + (inside ? std::uint64_t{offset} * 16 + column * 16 : 0);
-      copy16_async<kAhead>(base + row * Config::kPitch + column * 16, source, inside ? 16 : 0, policy_);
+      const std::uint32_t there = Config::step_from(base + Config::row_offset(row, column % 2), column / 2);
+      copy16_async<kAhead>(there, source, inside ? 16 : 0, policy_);
     }
   }
 

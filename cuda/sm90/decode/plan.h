@@ -27,7 +27,8 @@ inline constexpr int kUnbounded = 1 << 30;
 inline constexpr int kQueueChunks = 8, kMinStealChunks = 12;
 
 // Which keys of a request some of its queries see: `globals` keys from global_first, then those from `first` to the
-// end.
+// end. They begin and end at multiples of the granule, so a few that nobody sees are among them, and 16 consecutive ones
+// from such a multiple on lie in one page, if its size is one too.
 struct VisibleKeys {
   int global_first = 0, globals = 0, first = 0, count = 0;
 
@@ -46,9 +47,10 @@ struct Mask {
   }
   HEDDLE_HD VisibleKeys visible(int kv_len) const {
     const int position = kv_len - num_queries;  // of the first query, which looks back furthest
-    const int from = position - left > 0 ? position - left : 0;
-    const int selected = position - select_left > from ? position - select_left : from;
-    const int end = num_globals < selected ? num_globals : selected;
+    const auto down = [](int key) { return key / kGranuleKeys * kGranuleKeys; };
+    const int from = position - left > 0 ? down(position - left) : 0;
+    const int selected = position - select_left > from ? down(position - select_left) : from;
+    const int end = num_globals < selected ? down(num_globals + kGranuleKeys - 1) : selected;
     VisibleKeys keys;
     keys.global_first = from;
     keys.globals = end > from ? end - from : 0;

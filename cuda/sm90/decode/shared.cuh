@@ -25,13 +25,24 @@ template <class Format_, int kDim_, int kColumns_>
 struct Config {
   using Format = Format_;
   static constexpr int kDim = kDim_, kColumns = kColumns_;
-  static constexpr int kRowBytes = kDim * Format::kBytes, kPitch = row_pitch(kRowBytes);
-  static_assert(kSliceKeys * kRowBytes / 16 % 32 == 0, "whole warps copy a slice");
+  static constexpr int kRowBytes = kDim * Format::kBytes, kSliceBytes = kSliceKeys * kRowBytes;
+  static_assert(kSliceBytes / 16 % 32 == 0, "whole warps copy a slice");
+
+  static constexpr int kBand = band_bytes(kRowBytes), kBandUnits = kBand / 16;
+  // Where 16-byte unit `unit` (lane-dependent part, 0 or 1 beside even `step`s) of a row of a slice lies.
+  __device__ static std::uint32_t row_offset(int row, int unit) {
+    return row * kBand + ((unit ^ row * kBand / 128 % kBandUnits) << 4);
+  }
+  // The unit 2 step units further on than the one at `at`, of which the band is the first and 2 step < kBandUnits bits
+  // are free.
+  __device__ static std::uint32_t step_from(std::uint32_t at, int step) {
+    return (at ^ (2 * step % kBandUnits << 4)) + 2 * step / kBandUnits * kSliceKeys * kBand;
+  }
 
   // A stage of the ring: 64 keys and values.
   struct Stage {
-    alignas(16) char k[kTileKeys * kPitch];
-    alignas(16) char v[kTileKeys * kPitch];
+    alignas(1024) char k[kSlices][kSliceBytes];
+    alignas(1024) char v[kSlices][kSliceBytes];
     float k_scale[kTileKeys];
     int keys[kTileKeys];
   };
@@ -52,7 +63,7 @@ struct Config {
   }
   static constexpr int kRoundBlocks = round_blocks(), kExchangePitch = 16 * kRoundBlocks + 4;
 
-  static constexpr int kFixedBytes = exchange_bytes(kRoundBlocks) + kQueryRows * (kQueryPitch + 4) + 2560;
+  static constexpr int kFixedBytes = exchange_bytes(kRoundBlocks) + kQueryRows * (kQueryPitch + 4) + 3072;
   static constexpr int kStages = (kSharedBytes - kFixedBytes) / static_cast<int>(sizeof(Stage) + 2 * sizeof(Barrier));
   static_assert(kStages >= 2);
 
