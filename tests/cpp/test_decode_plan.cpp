@@ -35,11 +35,12 @@ HostPlan plan_of(const PlanShape& shape, const std::vector<int>& keys, std::int6
     plan.starts.push_back(plan.starts.back() + std::int64_t{shape.length(k)} * shape.units_per_entry);
   const auto keys_of = [&](std::int64_t entry) { return keys[static_cast<std::size_t>(entry)]; };
   const Cut cut(shape, plan.starts.back());
-  for (int c = 0; c <= shape.chunks(); ++c) {
+  const int chunks = shape.ctas * cut.per_cta;
+  for (int c = 0; c <= chunks; ++c) {
     plan.places.push_back(place_at(shape, plan.starts.data(), cut.start(c), keys_of));
   }
-  for (int c = 0; c < shape.chunks(); ++c) {
-    const Chunk& chunk = plan.chunks.emplace_back(chunk_at(shape, plan.places.data(), c, cut.per_cta));
+  for (int c = 0; c < chunks; ++c) {
+    const Chunk& chunk = plan.chunks.emplace_back(chunk_at(plan.places.data(), chunks, c, cut.per_cta));
     for (Walk walk{chunk.begin}; walk.more(chunk);) {
       const int unit_keys = keys[walk.at.unit / static_cast<unsigned>(shape.units_per_entry)];
       plan.items.push_back({walk.next(shape, chunk, unit_keys, max_splits), c});
@@ -102,7 +103,7 @@ TEST(GpuDecodePlan, CoversEveryKeyOnce) {
 TEST(GpuDecodePlan, SharesAreEqual) {
   const PlanShape shape{.entries = 32, .units_per_entry = 8, .ctas = 132, .min_chunk = 16, .overhead = 4};
   std::vector<int> keys(32, 4096);
-  keys[5] = 131072;
+  keys[5] = 262144;
   const HostPlan plan = plan_of(shape, keys, 1);
   const int per_cta = plan.chunks[0].per_cta;
   EXPECT_GT(per_cta, 1);

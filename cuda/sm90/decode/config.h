@@ -9,9 +9,9 @@ namespace heddle::cuda::decode {
 
 // Roles: four warps load, eight compute. 384 threads leave 168 registers to each; those that load hand some over.
 inline constexpr int kLoadWarps = 4, kMathWarps = 8;
-inline constexpr int kLoadRegisters = 80, kMathRegisters = 208;
-static_assert(32 * (kLoadWarps * kLoadRegisters + kMathWarps * kMathRegisters) <= 65536);
+inline constexpr int kLoadRegisters = 88, kMathRegisters = 208;
 inline constexpr int kThreads = 32 * (kLoadWarps + kMathWarps);
+static_assert(32 * (kLoadWarps * kLoadRegisters + kMathWarps * kMathRegisters) <= kThreads * 168);
 inline constexpr int kMathThreads = 32 * kMathWarps;
 
 // A KV tile is what one stage of the ring holds; a warp computes slices of 16 keys, the rows of one matrix product.

@@ -149,10 +149,6 @@ void set_data(const DecodeArgs& a, Params& p) {
   };
   p.fetch_ahead = stretches(a.k, a.k_stride) && stretches(a.v, a.v_stride);
   p.whole_slices = a.tokens == nullptr && a.page_size % decode::kSliceKeys == 0;
-  if (p.whole_slices) {
-    p.k_map = map_of("keys", a, a.k, a.k_stride);
-    p.v_map = map_of("values", a, a.v, a.v_stride);
-  }
   p.seq_lens = a.seq_lens;
   p.block_table = a.block_table;
   p.table_stride = a.table_stride;
@@ -185,20 +181,26 @@ void set_data(const DecodeArgs& a, Params& p) {
 }
 
 template <class Format>
-void launch_format(const Params& params, std::int64_t head_dim, int columns, void* stream) {
-#define X(dim, cols) \
-  if (head_dim == dim && columns == cols) return decode::launch<Format, dim, cols>(params, stream);
+void launch_format(const DecodeArgs& a, Params& p) {
+  const int columns = decode::row_tile(a.num_queries * p.group, static_cast<int>(a.head_dim)).columns;
+#define X(dim, cols)                                                            \
+  if (a.head_dim == dim && columns == cols) {                                   \
+    if (p.whole_slices) {                                                       \
+      p.k_map = map_of("keys", a, a.k, a.k_stride);                             \
+      p.v_map = map_of("values", a, a.v, a.v_stride);                           \
+    }                                                                           \
+    return decode::launch<Format, dim, cols>(p, a.stream);                      \
+  }
   HEDDLE_DECODE_SHAPES(X)
 #undef X
-  unsupported("q", "head_dim " + std::to_string(head_dim) + "; the sm90 decode kernel has 64, 96, 128, 192 and 256");
+  unsupported("q", "head_dim " + std::to_string(a.head_dim) + "; the sm90 decode kernel has 64, 96, 128, 192 and 256");
 }
 
 template <class T>
-void launch_type(const DecodeArgs& a, const Params& p) {
-  const int columns = decode::row_tile(a.num_queries * p.group, static_cast<int>(a.head_dim)).columns;
-  if (a.cache_dtype == a.dtype) return launch_format<decode::Native<T>>(p, a.head_dim, columns, a.stream);
-  if (a.cache_dtype == DType::kInt8) return launch_format<decode::Int8<T>>(p, a.head_dim, columns, a.stream);
-  if (a.cache_dtype == DType::kFloat8E4M3) return launch_format<decode::Fp8<T>>(p, a.head_dim, columns, a.stream);
+void launch_type(const DecodeArgs& a, Params& p) {
+  if (a.cache_dtype == a.dtype) return launch_format<decode::Native<T>>(a, p);
+  if (a.cache_dtype == DType::kInt8) return launch_format<decode::Int8<T>>(a, p);
+  if (a.cache_dtype == DType::kFloat8E4M3) return launch_format<decode::Fp8<T>>(a, p);
   unsupported("cache", std::string(to_string(a.cache_dtype)) + " with q of " + std::string(to_string(a.dtype)) +
                            "; the sm90 decode kernel takes caches of q's dtype, int8 and float8_e4m3");
 }

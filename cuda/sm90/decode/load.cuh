@@ -205,6 +205,15 @@ class Loader {
     auto& stage = shared_.stages[stage_];
     const bool inside = static_cast<unsigned>(row.page) < p_.num_pages;
     const bool wanted = warp_ * kSliceKeys < tile.keys;  // slices beyond the end are not computed
+    if (in_flight_ == Config::kInFlight) {
+      shared_.full[landing_].wait(landing_phase_);
+      if (++landing_ == Config::kStages) {
+        landing_ = 0;
+        landing_phase_ ^= 1;
+      }
+    } else {
+      ++in_flight_;
+    }
     shared_.empty[stage_].wait(phase_ ^ 1);
     if (wanted) {
       if (!p_.whole_slices) copy_slices(stage, tile, row, inside);
@@ -259,14 +268,30 @@ class Loader {
   __device__ void copy_rows(char* to, const char* from, std::uint32_t at) {
     constexpr int kUnits = Config::kRowBytes / 16;  // 16-byte pieces of a row
     const std::uint32_t base = shared_address(to);
-#pragma unroll 4
-    for (int i = 0; i < kSliceKeys * kUnits / 32; ++i) {
-      const int piece = i * 32 + lane_, row = piece / kUnits, column = piece % kUnits;
+    const auto copy = [&](int row, int column, std::uint32_t there) {
       const std::uint32_t offset = __shfl_sync(kFullWarp, at, row);
       const bool inside = offset != kNowhere;
       const char* source = from + (inside ? std::uint64_t{offset} * 16 + column * 16 : 0);
-      const std::uint32_t there = Config::step_from(base + Config::row_offset(row, column % 2), column / 2);
       copy16_async<kAhead>(there, source, inside ? 16 : 0, policy_);
+    };
+    const auto place = [&](int row, int column) {
+      return Config::step_from(base + Config::row_offset(row, column % 2), column / 2);
+    };
+    if constexpr (32 % kUnits == 0) {
+      // Lanes stay in their column; a step of rows only moves the place and exchanges units.
+      constexpr int kRows = 32 / kUnits;
+      const int row = lane_ / kUnits, column = lane_ % kUnits;
+      const std::uint32_t there = place(row, column);
+#pragma unroll
+      for (int i = 0; i < kSliceKeys; i += kRows) {
+        copy(i + row, column, (there ^ (i * Config::kBand / 128 % Config::kBandUnits << 4)) + i * Config::kBand);
+      }
+    } else {
+#pragma unroll 4
+      for (int i = 0; i < kSliceKeys * kUnits / 32; ++i) {
+        const int piece = i * 32 + lane_, row = piece / kUnits, column = piece % kUnits;
+        copy(row, column, place(row, column));
+      }
     }
   }
 
@@ -292,6 +317,7 @@ class Loader {
   int warp_, lane_;
   std::uint64_t policy_;
   int stage_ = 0, phase_ = 0, parity_ = 0;
+  int in_flight_ = 0, landing_ = 0, landing_phase_ = 0;  // stages that are being filled, the first of them
 
   Queues queues_;
   Chunk chunk_;

@@ -23,8 +23,9 @@ inline constexpr int kUnbounded = 1 << 30;
 
 // Chunks of one CTA's queue: the first, three quarters of its share, is the CTA's own; each of the rest, which may be
 // stolen, is half as long as the one before (the last two are equal). So the last ones to start are short, though not
-// shorter than min_chunk; shares below kMinStealChunks * min_chunk are one chunk, since every end of an item costs.
-inline constexpr int kQueueChunks = 8, kMinStealChunks = 12;
+// shorter than min_chunk. Shares below kMinStealShare granules are one chunk: every end of an item costs, and few loads
+// in flight keep multiprocessors about equally fast.
+inline constexpr int kQueueChunks = 8, kMinStealShare = 1024;
 
 // Which keys of a request some of its queries see: `globals` keys from global_first, then those from `first` to the
 // end. They begin and end at multiples of the granule, so a few that nobody sees are among them, and 16 consecutive ones
@@ -99,24 +100,29 @@ static_assert(sizeof(Chunk) == 32);
 
 // How a line of `total` granules is cut: `ctas` shares, each at least a piece, of `per_cta` chunks each.
 struct Cut {
-  std::int64_t total = 0;
+  std::int64_t total = 0, share = 0;
+  std::uint32_t rest = 0;  // total = share * ctas + rest
   int ctas = 1, per_cta = 1;
 
   HEDDLE_HD Cut(const PlanShape& shape, std::int64_t total_) : total(total_) {
     const std::int64_t pieces = shape.split_keys > 0 ? total : total / kMinPieceGranules;
     ctas = pieces < 1 ? 1 : pieces < shape.ctas ? static_cast<int>(pieces) : shape.ctas;
-    const std::int64_t share = total / ctas;
-    if (share < kMinStealChunks * shape.min_chunk) return;
+    // Mostly 32 bits are enough, and a device divides by them in a fraction of the time.
+    const auto n = static_cast<std::uint32_t>(ctas);
+    share = total >> 32 == 0 ? static_cast<std::uint32_t>(total) / n : total / n;
+    rest = static_cast<std::uint32_t>(total - share * n);
+    if (shape.split_keys > 0 || share < kMinStealShare) return;
     per_cta = 2;
     while (per_cta < kQueueChunks && share >> (per_cta + 1) >= shape.min_chunk) ++per_cta;
   }
 
   // Where a chunk begins on the line. Chunks beyond the line are empty.
   HEDDLE_HD std::int64_t start(int chunk) const {
-    const int cta = chunk / per_cta, at = chunk % per_cta;
-    if (cta >= ctas) return total;
-    const std::int64_t before = at == 0 ? 0 : 256 - (128 >> at);  // of the share, in 256ths
-    return total * (256 * cta + before) / (256 * ctas);
+    const auto n = static_cast<std::uint32_t>(per_cta), c = static_cast<std::uint32_t>(chunk);
+    const std::uint32_t cta = c / n, at = c % n;
+    if (cta >= static_cast<std::uint32_t>(ctas)) return total;
+    const std::uint32_t before = 256 * cta + (at == 0 ? 0 : 256 - (128 >> at));  // of the shares, in 256ths
+    return (share * before + rest * before / static_cast<std::uint32_t>(ctas)) / 256;
   }
 };
 
@@ -151,13 +157,13 @@ HEDDLE_HD int last_not_after(const Place* places, int count, std::uint64_t order
   return low;
 }
 
-// Chunk c, from the places where all chunks begin and the end of the line (chunks + 1 of them).
-HEDDLE_HD Chunk chunk_at(const PlanShape& shape, const Place* places, int chunk, int per_cta) {
+// Chunk c, from the places where all `chunks` begin and the end of the line.
+HEDDLE_HD Chunk chunk_at(const Place* places, int chunks, int chunk, int per_cta) {
   Chunk c;
   c.begin = places[chunk];
   c.end = places[chunk + 1];
   const auto holds = [&](std::uint64_t order) {
-    return static_cast<std::uint16_t>(last_not_after(places, shape.chunks(), order));
+    return static_cast<std::uint16_t>(last_not_after(places, chunks, order));
   };
   c.index = static_cast<std::uint16_t>(chunk);
   c.per_cta = static_cast<std::uint16_t>(per_cta);

@@ -1,6 +1,8 @@
 // One instantiation of the decode kernel, and the shared memory of its blocks.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/common/async.cuh"
 #include "cuda/sm90/decode/config.h"
 #include "cuda/sm90/decode/format.cuh"
@@ -29,12 +31,10 @@ struct Config {
   static_assert(kSliceBytes / 16 % 32 == 0, "whole warps copy a slice");
 
   static constexpr int kBand = band_bytes(kRowBytes), kBandUnits = kBand / 16;
-  // Where 16-byte unit `unit` (lane-dependent part, 0 or 1 beside even `step`s) of a row of a slice lies.
+  // Where unit 0 or 1, of 16 bytes, of a row of a slice lies, and from there the unit 2 * step further on.
   __device__ static std::uint32_t row_offset(int row, int unit) {
     return row * kBand + ((unit ^ row * kBand / 128 % kBandUnits) << 4);
   }
-  // The unit 2 step units further on than the one at `at`, of which the band is the first and 2 step < kBandUnits bits
-  // are free.
   __device__ static std::uint32_t step_from(std::uint32_t at, int step) {
     return (at ^ (2 * step % kBandUnits << 4)) + 2 * step / kBandUnits * kSliceKeys * kBand;
   }
@@ -66,6 +66,9 @@ struct Config {
   static constexpr int kFixedBytes = exchange_bytes(kRoundBlocks) + kQueryRows * (kQueryPitch + 4) + 3072;
   static constexpr int kStages = (kSharedBytes - kFixedBytes) / static_cast<int>(sizeof(Stage) + 2 * sizeof(Barrier));
   static_assert(kStages >= 2);
+  // So many stages are being filled at a time, the others wait to be computed. More would not be read faster, but less
+  // evenly: the memory system then serves some multiprocessors a third faster than others.
+  static constexpr int kInFlight = std::min(kStages, std::max(3, 64 * 1024 / (2 * kTileKeys * kRowBytes)));
 
   struct Shared {
     Stage stages[kStages];
