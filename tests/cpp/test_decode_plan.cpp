@@ -88,6 +88,7 @@ TEST(GpuDecodePlan, CoversEveryKeyOnce) {
                     .units_per_entry = static_cast<int>(r.log_integer(1, 64)),
                     .ctas = r.pick<int>({1, 2, 7, 132}),
                     .min_chunk = static_cast<int>(r.integer(1, 32)),
+                    .min_share = static_cast<int>(r.log_integer(1, 1024)),
                     .overhead = static_cast<int>(r.integer(0, 8)),
                     .split_keys = r.chance(0.3) ? static_cast<int>(64 * r.log_integer(1, 64)) : 0};
     std::vector<int> keys(static_cast<std::size_t>(shape.entries));
@@ -101,9 +102,10 @@ TEST(GpuDecodePlan, CoversEveryKeyOnce) {
 
 // However skewed, no CTA has more than its share, but for a piece that moved to the end of a unit.
 TEST(GpuDecodePlan, SharesAreEqual) {
-  const PlanShape shape{.entries = 32, .units_per_entry = 8, .ctas = 132, .min_chunk = 16, .overhead = 4};
+  const PlanShape shape{
+      .entries = 32, .units_per_entry = 8, .ctas = 132, .min_chunk = 16, .min_share = 100, .overhead = 4};
   std::vector<int> keys(32, 4096);
-  keys[5] = 262144;
+  keys[5] = 131072;
   const HostPlan plan = plan_of(shape, keys, 1);
   const int per_cta = plan.chunks[0].per_cta;
   EXPECT_GT(per_cta, 1);

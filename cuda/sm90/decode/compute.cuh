@@ -37,9 +37,9 @@ class Math {
         shared_(shared),
         warp_(warp),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        slice_sets_(kMathWarps / p.row_groups),
-        slice_set_(warp % slice_sets_),
-        row_base_(warp / slice_sets_ * 8 * kColumns) {
+        tile_slices_(Config::kSlices / p.unit_heads),
+        slice_sets_(kMathWarps / (p.row_groups * p.unit_heads)),
+        row_base_(warp / slice_sets_ % p.row_groups * 8 * kColumns) {
     if constexpr (Format::kScaled) {
       k_factor_ = (Format::kFp8 ? 256.0f : 1.0f) * p.score_factor * (p.partition == 0 ? __ldg(p.k_scale) : 1.0f);
       v_factor_ = __ldg(p.v_scale) * Format::kValueFactor;
@@ -47,7 +47,9 @@ class Math {
   }
 
   __device__ void run() {
-    for (int stage = 0, phase = 0, slot = 0, slot_phase = 0;;) {
+    const int first_slice = warp_ / slice_sets_ / p_.row_groups * tile_slices_;  // of its head
+    int stage = 0, phase = 0, slot = 0, slot_phase = 0;
+    while (true) {
       shared_.work_full[slot].wait(slot_phase);
       work_ = shared_.works[slot];
       __syncwarp();
@@ -60,24 +62,25 @@ class Math {
       if (item.unit == kNoUnit) return;
       start();
       const int all_see_to = min(work_.all_see_to, item.end);
-      int first = slice_set_;  // of the item's slices, numbered through, this warp takes every slice_sets_-th
+      int first =
+          warp_ % slice_sets_;  // of the slices of its head, numbered through, this warp takes every slice_sets_-th
       int begin = item.begin;
       do {
         shared_.full[stage].wait(phase);
         const Stage& tile = shared_.stages[stage];
 #pragma unroll 1
-        for (; first < kSlices; first += slice_sets_) {
-          const int at = begin + first * kSliceKeys;
-          if (at < item.end) compute(tile, first, at < work_.all_see_from || at + kSliceKeys > all_see_to);
+        for (; first < tile_slices_; first += slice_sets_) {
+          const int at = begin + first * kSliceKeys, slice = first_slice + first;
+          if (at < item.end) compute(tile, slice, at < work_.all_see_from || at + kSliceKeys > all_see_to);
         }
-        first -= kSlices;
+        first -= tile_slices_;
         __syncwarp();
         if (lane_ == 0) shared_.empty[stage].arrive();
         if (++stage == Config::kStages) {
           stage = 0;
           phase ^= 1;
         }
-        begin += kTileKeys;
+        begin += tile_slices_ * kSliceKeys;
       } while (begin < item.end);
       finish();
     }
@@ -112,7 +115,7 @@ class Math {
     // The fragments of Q^T, the right operand of K Q^T: row g of each step.
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
-      const int row = row_base_ + 8 * n;
+      const int row = warp_ / slice_sets_ * 8 * kColumns + 8 * n;
       const auto* words = reinterpret_cast<const std::uint32_t*>(shared_.query[row + g()]);
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
@@ -146,12 +149,13 @@ class Math {
   // Q as operands in shared memory. A warp takes a row at a time; a lane has elements 4 lane to 4 lane + 3 of each 128.
   __device__ void stage_queries() {
     constexpr int kLoads = (kDim + 127) / 128;
-    const int tile_rows = slice_sets_ == kMathWarps ? 8 * kColumns : p_.rows_per_tile;
 #pragma unroll 1
-    for (int tile_row = warp_; tile_row < tile_rows; tile_row += kMathWarps) {
-      const int row = work_.row_tile * p_.rows_per_tile + tile_row;
+    for (int tile_row = warp_; tile_row < p_.unit_heads * p_.rows_per_tile; tile_row += kMathWarps) {
+      const int head_in_unit = tile_row / p_.rows_per_tile;
+      const int row = work_.row_tile * p_.rows_per_tile + tile_row % p_.rows_per_tile;
       const bool inside = row < p_.rows();
-      const int query = inside ? row / p_.group : 0, head = work_.head * p_.group + (inside ? row % p_.group : 0);
+      const int query = inside ? row / p_.group : 0;
+      const int head = (work_.head + head_in_unit) * p_.group + (inside ? row % p_.group : 0);
       const char* q = p_.q + work_.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
       std::uint32_t pairs[kLoads][2];
 #pragma unroll
@@ -468,9 +472,17 @@ class Math {
     }
   };
 
-  // Four features of a row of the unit's request, and at the first of them the logarithm of the weights' sum.
-  __device__ void write(int row, int feature, const Sum& all) const {
-    const int request = work_.request, query = row / p_.group, head = work_.head * p_.group + row % p_.group;
+  // The item's rows: those of its first head, then those of the second.
+  struct Rows {
+    int first, of_head;  // the first among those of a head, and how many of it
+    __device__ int head_of(int row) const { return row >= of_head; }
+    __device__ int within(int row) const { return row >= of_head ? row - of_head : row; }
+  };
+
+  // Four features of a row, and at the first of them the logarithm of the weights' sum.
+  __device__ void write(const Rows& rows, int item_row, int feature, const Sum& all) const {
+    const int row = rows.first + rows.within(item_row), request = work_.request, query = row / p_.group;
+    const int head = (work_.head + rows.head_of(item_row)) * p_.group + row % p_.group;
     const float sink = p_.sinks != nullptr ? __ldg(p_.sinks + head) * kLog2E : -INFINITY;
     const float largest = fmaxf(all.max, sink), reference = largest == -INFINITY ? 0.0f : largest;
     const float correction = weight_of(all.max, reference);
@@ -502,7 +514,8 @@ class Math {
     constexpr int kPieces = 4 * Config::kRoundBlocks;  // of a row in a round
     constexpr int kRounds = kBlocks / Config::kRoundBlocks;
     const int thread = warp_ * 32 + lane_, slots = warp_ * 8 * kColumns;
-    const int first_row = work_.row_tile * p_.rows_per_tile, rows = min(p_.rows_per_tile, p_.rows() - first_row);
+    const int first_row = work_.row_tile * p_.rows_per_tile;
+    const Rows rows{first_row, min(p_.rows_per_tile, p_.rows() - first_row)};
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -538,12 +551,12 @@ class Math {
       }
       named_sync(kMathBarrier, kMathThreads);
 #pragma unroll 1
-      for (int piece = thread; piece < rows * kPieces; piece += kMathThreads) {
+      for (int piece = thread; piece < p_.unit_heads * rows.of_head * kPieces; piece += kMathThreads) {
         const int row = piece / kPieces, column = piece % kPieces * 4;
         const int feature = 16 * Config::kRoundBlocks * round + column;
-        const Sum sum = sum_warps(row, column);
+        const Sum sum = sum_warps(rows.head_of(row) * p_.rows_per_tile + rows.within(row), column);
         if (item.num_splits == 1) {
-          write(first_row + row, feature, sum);
+          write(rows, row, feature, sum);
         } else {
           const std::int64_t at = slot_of(p_.shape.split_keys > 0, item.slot, item.split) * p_.partial_rows + row;
           __stcg(reinterpret_cast<float4*>(p_.partial_out + at * kDim + feature), sum.x);
@@ -561,10 +574,10 @@ class Math {
       shared_.is_last = last;
     }
     named_sync(kMathBarrier, kMathThreads);
-    if (shared_.is_last != 0) merge(first_row, rows);
+    if (shared_.is_last != 0) merge(rows);
   }
 
-  // Over the warps that share a row, whose rows of the exchange lie `slice_sets_` after each other.
+  // Over the warps that share a row of the tile, whose rows of the exchange lie `slice_sets_` after each other.
   __device__ Sum sum_warps(int row, int column) const {
     const int first = row / (8 * kColumns) * slice_sets_ * 8 * kColumns + row % (8 * kColumns);
     Sum all{-INFINITY, 0.0f, {}};
@@ -584,31 +597,33 @@ class Math {
 
   // Merges the splits of a unit in their order: up to 8 neighbouring lanes share a piece, of which each takes a stretch
   // of the splits.
-  __device__ void merge(int first_row, int rows) const {
+  __device__ void merge(const Rows& rows) const {
     constexpr int kPieces = kDim / 4;  // of a row
-    const int thread = warp_ * 32 + lane_;
+    const int thread = warp_ * 32 + lane_, pieces = p_.unit_heads * rows.of_head * kPieces;
     int sharers = 1;
-    while (sharers < 8 && 2 * sharers * rows * kPieces <= kMathThreads) sharers *= 2;
+    while (sharers < 8 && 2 * sharers * pieces <= kMathThreads) sharers *= 2;
     const int stretch = (work_.item.num_splits + sharers - 1) / sharers, first = thread % sharers * stretch;
-    for (int piece = thread / sharers; piece - thread / sharers < rows * kPieces; piece += kMathThreads / sharers) {
-      const int row = min(piece / kPieces, rows - 1), feature = piece % kPieces * 4;
+#pragma unroll 1
+    for (int piece = thread / sharers; piece - thread / sharers < pieces; piece += kMathThreads / sharers) {
+      const int row = min(piece, pieces - 1) / kPieces, feature = piece % kPieces * 4;
       Sum all = sum_splits(first, min(first + stretch, work_.item.num_splits), row, feature);
 #pragma unroll 1
       for (int lanes = 1; lanes < sharers; lanes *= 2) {
         const auto other = [&](float x) { return __shfl_xor_sync(kFullWarp, x, lanes); };
-        const Sum theirs{other(all.max), other(all.sum), {other(all.x.x), other(all.x.y), other(all.x.z), other(all.x.w)}};
+        const Sum theirs{
+            other(all.max), other(all.sum), {other(all.x.x), other(all.x.y), other(all.x.z), other(all.x.w)}};
         const float largest = fmaxf(all.max, theirs.max);
         all.scale(weight_of(all.max, largest));
         all.max = largest;
         all.add(weight_of(theirs.max, largest), theirs.sum, theirs.x);
       }
-      if (thread % sharers == 0 && piece < rows * kPieces) write(first_row + row, feature, all);
+      if (thread % sharers == 0 && piece < pieces) write(rows, row, feature, all);
     }
   }
 
   // Splits beyond the last repeat one with no weight, so that all loads of a step are in flight together.
   __device__ Sum sum_splits(int begin, int end, int row, int feature) const {
-    constexpr int kStep = kColumns == 1 ? 12 : 8;
+    constexpr int kStep = kColumns == 1 ? 12 : 4;
     Sum all{-INFINITY, 0.0f, {}};
 #pragma unroll 1
     for (int first = begin; first < end; first += kStep) {
@@ -648,8 +663,9 @@ class Math {
 
   const Params& p_;
   Shared& shared_;
-  int warp_, lane_, slice_sets_, slice_set_, row_base_;
-  float k_factor_ = 1.0f, v_factor_ = 1.0f;  // what turns products into scores but for a row's scale, and sums into outputs
+  int warp_, lane_, tile_slices_, slice_sets_, row_base_;
+  float k_factor_ = 1.0f,
+        v_factor_ = 1.0f;  // what turns products into scores but for a row's scale, and sums into outputs
   Work work_;
 
   std::uint32_t query_[kColumns][kSteps][2];

@@ -63,12 +63,19 @@ Params params_of(const DecodeArgs& a) {
   p.max_kv_len = clamp(a.max_kv_len);
   p.num_tokens = clamp(a.num_tokens);
   p.shape.entries = listed ? a.batch * a.num_kv_heads : a.batch;
-  p.shape.units_per_entry = listed ? p.row_tiles : p.num_kv_heads * p.row_tiles;
+  // Two neighbouring heads of a page lie together in memory, which is then read in longer stretches. Not where a
+  // request's bits must not depend on the batch.
+  const bool paired = !listed && a.schedule.split_size == 0 && p.num_kv_heads % 2 == 0 && p.row_tiles == 1 &&
+                      p.row_groups <= 2 && a.batch * p.num_kv_heads / 2 >= decode::kMinPairs;
+  p.unit_heads = paired ? 2 : 1;
+  p.partial_rows *= p.unit_heads;
+  p.shape.units_per_entry = listed ? p.row_tiles : p.num_kv_heads / p.unit_heads * p.row_tiles;
   p.shape.ctas = multiprocessors(a.device);
-  const bool wide = a.cache_dtype == a.dtype;  // 8-bit items take as long to start and end, but half as long to read
-  p.shape.overhead = (wide ? 1 : 2) * decode::kOverheadGranules;
-  p.shape.split_keys = clamp(ceil_div(a.schedule.split_size, decode::kTileKeys) * decode::kTileKeys);
-  if (p.shape.split_keys == 0) p.shape.min_chunk = (wide ? 1 : 4) * decode::kMinChunkGranules;
+  const bool wide = a.cache_dtype == a.dtype;
+  p.shape.overhead = (wide ? decode::kOverheadGranules : decode::kNarrowOverheadGranules) / p.unit_heads;
+  p.shape.min_share = decode::kMinShareGranules / p.unit_heads;
+  p.shape.split_keys = clamp(ceil_div(a.schedule.split_size, decode::kSplitKeys) * decode::kSplitKeys);
+  if (p.shape.split_keys == 0) p.shape.min_chunk = (wide ? 1 : 4) * decode::kMinChunkGranules / p.unit_heads;
   p.stealing = a.schedule.kind == ScheduleKind::kAuto || a.schedule.kind == ScheduleKind::kStealing;
   if (p.shape.split_keys > 0) {
     p.max_splits = std::max<std::int64_t>(1, ceil_div(listed ? a.num_tokens : a.max_kv_len, p.shape.split_keys));
@@ -183,13 +190,13 @@ void set_data(const DecodeArgs& a, Params& p) {
 template <class Format>
 void launch_format(const DecodeArgs& a, Params& p) {
   const int columns = decode::row_tile(a.num_queries * p.group, static_cast<int>(a.head_dim)).columns;
-#define X(dim, cols)                                                            \
-  if (a.head_dim == dim && columns == cols) {                                   \
-    if (p.whole_slices) {                                                       \
-      p.k_map = map_of("keys", a, a.k, a.k_stride);                             \
-      p.v_map = map_of("values", a, a.v, a.v_stride);                           \
-    }                                                                           \
-    return decode::launch<Format, dim, cols>(p, a.stream);                      \
+#define X(dim, cols)                                       \
+  if (a.head_dim == dim && columns == cols) {              \
+    if (p.whole_slices) {                                  \
+      p.k_map = map_of("keys", a, a.k, a.k_stride);        \
+      p.v_map = map_of("values", a, a.v, a.v_stride);      \
+    }                                                      \
+    return decode::launch<Format, dim, cols>(p, a.stream); \
   }
   HEDDLE_DECODE_SHAPES(X)
 #undef X

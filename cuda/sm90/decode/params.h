@@ -50,8 +50,9 @@ struct Params {
   std::int64_t tokens_batch_stride = 0, tokens_head_stride = 0, lengths_batch_stride = 0, lengths_head_stride = 0;
   int num_tokens = 0;
 
-  int num_queries = 1, group = 1, num_kv_heads = 1;  // rows of a KV head: num_queries * group
-  int row_groups = 1, rows_per_tile = 8, row_tiles = 1;
+  int num_queries = 1, group = 1, num_kv_heads = 1;      // rows of a KV head: num_queries * group
+  int row_groups = 1, rows_per_tile = 8, row_tiles = 1;  // rows of one KV head
+  int unit_heads = 1;                                    // KV heads of a unit, 1 or 2
 
   // The workspace.
   PlanShape shape;

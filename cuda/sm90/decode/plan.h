@@ -1,10 +1,10 @@
 // The plan of a decode step: which CTA reads which keys. Pure arithmetic, for the device and for tests on the host.
 //
-// A *unit* is what shares keys: a KV head of a request, with up to 64 query rows. Units stand in a line, request by
-// request; each is as long as its visible keys, in granules, plus a fixed overhead. The line is cut into chunks of
-// equal length, in places that are multiples of the granule. A chunk is a run of *items*, an item the part of a unit
-// that lies in it: one split. So every CTA gets the same number of keys, however skewed the batch is, and a unit has at
-// most one split a chunk. Cuts depend on the lengths alone, never on who takes which chunk.
+// A *unit* is what one CTA reads together: a KV head of a request, or two, with up to 64 query rows. Units stand in a
+// line, request by request; each is as long as its visible keys, in granules, plus a fixed overhead. The line is cut
+// into chunks of equal length, in places that are multiples of the granule. A chunk is a run of *items*, an item the
+// part of a unit that lies in it: one split. So every CTA gets the same number of keys, however skewed the batch is,
+// and a unit has at most one split a chunk. Cuts depend on the lengths alone, never on who takes which chunk.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +23,13 @@ inline constexpr int kUnbounded = 1 << 30;
 
 // Chunks of one CTA's queue: the first, three quarters of its share, is the CTA's own; each of the rest, which may be
 // stolen, is half as long as the one before (the last two are equal). So the last ones to start are short, though not
-// shorter than min_chunk. Shares below kMinStealShare granules are one chunk: every end of an item costs, and few loads
-// in flight keep multiprocessors about equally fast.
-inline constexpr int kQueueChunks = 8, kMinStealShare = 1024;
+// shorter than min_chunk. Shares below min_share are one chunk: every end of an item costs, and few loads in flight
+// keep multiprocessors about equally fast.
+inline constexpr int kQueueChunks = 8;
 
 // Which keys of a request some of its queries see: `globals` keys from global_first, then those from `first` to the
-// end. They begin and end at multiples of the granule, so a few that nobody sees are among them, and 16 consecutive ones
-// from such a multiple on lie in one page, if its size is one too.
+// end. They begin and end at multiples of the granule, so a few that nobody sees are among them, and 16 consecutive
+// ones from such a multiple on lie in one page, if its size is one too.
 struct VisibleKeys {
   int global_first = 0, globals = 0, first = 0, count = 0;
 
@@ -67,6 +67,7 @@ struct PlanShape {
   int units_per_entry = 1;
   int ctas = 1;
   int min_chunk = 1;   // of those that may be stolen, in granules
+  int min_share = 1;   // of a CTA, in granules, to be cut into chunks
   int overhead = 0;    // what starting a unit costs, in granules
   int split_keys = 0;  // > 0: every split of a unit has this many keys, a multiple of a tile
 
@@ -111,7 +112,7 @@ struct Cut {
     const auto n = static_cast<std::uint32_t>(ctas);
     share = total >> 32 == 0 ? static_cast<std::uint32_t>(total) / n : total / n;
     rest = static_cast<std::uint32_t>(total - share * n);
-    if (shape.split_keys > 0 || share < kMinStealShare) return;
+    if (shape.split_keys > 0 || share < shape.min_share) return;
     per_cta = 2;
     while (per_cta < kQueueChunks && share >> (per_cta + 1) >= shape.min_chunk) ++per_cta;
   }

@@ -29,6 +29,9 @@ struct Config {
   static constexpr int kDim = kDim_, kColumns = kColumns_;
   static constexpr int kRowBytes = kDim * Format::kBytes, kSliceBytes = kSliceKeys * kRowBytes;
   static_assert(kSliceBytes / 16 % 32 == 0, "whole warps copy a slice");
+  static constexpr int kTileKeys = tile_keys(kRowBytes), kSlices = kTileKeys / kSliceKeys;
+  static constexpr int kWarpSlices = kSlices / kLoadWarps;  // of a tile, that a loading warp fills
+  static_assert(kWarpSlices == 1 || kWarpSlices == 2);
 
   static constexpr int kBand = band_bytes(kRowBytes), kBandUnits = kBand / 16;
   // Where unit 0 or 1, of 16 bytes, of a row of a slice lies, and from there the unit 2 * step further on.
@@ -39,7 +42,7 @@ struct Config {
     return (at ^ (2 * step % kBandUnits << 4)) + 2 * step / kBandUnits * kSliceKeys * kBand;
   }
 
-  // A stage of the ring: 64 keys and values.
+  // A stage of the ring: slices of one head or, one half each, of two.
   struct Stage {
     alignas(1024) char k[kSlices][kSliceBytes];
     alignas(1024) char v[kSlices][kSliceBytes];
@@ -48,13 +51,13 @@ struct Config {
   };
 
   // The rows of Q as operands, 4 words apart modulo 32 so that lanes g and t read different banks.
-  static constexpr int kQueryRows = kColumns == 1 && kDim <= 128 ? 8 : 8 * kColumns * 4;
+  static constexpr int kQueryRows = kColumns == 1 && kDim <= 128 ? 16 : 8 * kColumns * 4;
   static constexpr int kQueryBytes = Format::kInt8 ? 1 : 2, kQueryPitch = row_pitch(kDim * kQueryBytes);
 
   // The exchange: of each warp 8 * kColumns rows of 16 * kRoundBlocks features. The pitch makes writes and reads free
   // of bank conflicts: 4 modulo 16.
   static constexpr int kBlocks = kDim / 16;  // of 16 features
-  static constexpr int kExchangeBytes = kQueryRows == 8 ? 36 * 1024 : 20 * 1024;
+  static constexpr int kExchangeBytes = kQueryRows == 16 ? 36 * 1024 : 20 * 1024;
   static constexpr int exchange_bytes(int blocks) { return kMathWarps * 8 * kColumns * (16 * blocks + 4) * 4; }
   static constexpr int round_blocks() {
     int blocks = kBlocks;
@@ -66,9 +69,12 @@ struct Config {
   static constexpr int kFixedBytes = exchange_bytes(kRoundBlocks) + kQueryRows * (kQueryPitch + 4) + 3072;
   static constexpr int kStages = (kSharedBytes - kFixedBytes) / static_cast<int>(sizeof(Stage) + 2 * sizeof(Barrier));
   static_assert(kStages >= 2);
-  // So many stages are being filled at a time, the others wait to be computed. More would not be read faster, but less
-  // evenly: the memory system then serves some multiprocessors a third faster than others.
-  static constexpr int kInFlight = std::min(kStages, std::max(3, 64 * 1024 / (2 * kTileKeys * kRowBytes)));
+  // So many stages are being filled at a time, 64 KiB, and the others wait to be computed. More would be read no
+  // faster, but less evenly: the memory system then serves some multiprocessors a third faster than others. One more
+  // where chunks can be stolen.
+  static constexpr int kStageBytes = 2 * kTileKeys * kRowBytes;
+  static constexpr int kInFlight = std::max(2, (64 * 1024 + kStageBytes - 1) / kStageBytes);
+  static_assert(kInFlight <= kStages);
 
   struct Shared {
     Stage stages[kStages];
