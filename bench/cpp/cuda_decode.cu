@@ -256,7 +256,7 @@ class Runner {
     const std::size_t bytes =
         static_cast<std::size_t>(keys * c.kv_heads * (2 * row + (c.format == "int8-a" ? 4 : 0))) / 16 * 16;
     Result result{c, 0.0, 0.0, 0.0, bytes};
-    result.plan_us = bench_.median([&] { cuda::launch_decode_plan(args); });
+    result.plan_us = bench_.median([&] { cuda::launch_decode_plan(args); }, c.warm);
     result.us = bench_.median([&] { cuda::launch_decode(args); }, c.warm);
     // Keys and values lie in two buffers, which the limit reads as if they were one.
     result.limit_us = bytes <= 2 * kCacheBytes ? bench_.limit(reads_.as(), bytes) : 0.0;

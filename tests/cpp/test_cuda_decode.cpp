@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -148,10 +149,18 @@ double largest_difference(const std::vector<std::uint8_t>& a, const std::vector<
 }
 
 const std::vector<std::int32_t> kSkewed = {70'000, 300, 0, 1, 17'000, 4'097, 16, 2'000};
+// So many keys that shares are cut into chunks, so many requests that two heads make a unit.
+const std::vector<std::int32_t> kLarge = {270'000, 300, 0,   1,  140'000, 4'097, 16,  2'000,
+                                          100,     33,  128, 64, 5'000,   7,     900, 1'500};
+
+int repeats(const char* name, int otherwise) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? otherwise : std::atoi(value);
+}
 
 TEST(CudaDecode, StolenChunksChangeNoBit) {
   NEEDS_HOPPER();
-  Large large(kSkewed, 4'400);
+  Large large(kLarge, 16'900);
   const auto expected = large.run({.kind = ScheduleKind::kStatic});
   // Without splits every unit is one item of one CTA: another order of the same sum.
   EXPECT_LT(largest_difference(expected, large.run({.kind = ScheduleKind::kStatic, .split_size = 1 << 20})), 0.01);
@@ -185,10 +194,19 @@ TEST(CudaDecode, FixedSplitsDoNotDependOnTheBatch) {
   }
 }
 
-// Lengths are read when a graph runs, not when it was captured.
+TEST(CudaDecode, MillionTokens) {
+  NEEDS_HOPPER();
+  Large large({1 << 20}, 1 << 16);
+  const auto expected = large.run({.kind = ScheduleKind::kStatic});
+  EXPECT_LT(largest_difference(expected, large.run({.kind = ScheduleKind::kStatic, .split_size = 5000})), 0.01);
+  EXPECT_EQ(large.run({.kind = ScheduleKind::kStealing}), expected);
+}
+
+// Lengths are read when a graph runs, not when it was captured. HEDDLE_REPLAYS: how often.
 TEST(CudaDecode, GraphsFollowTheLengths) {
   NEEDS_HOPPER();
-  Large large(kSkewed, 4'400);
+  const std::vector<std::int32_t>& longest = kLarge;
+  Large large(longest, 16'900);
   cudaStream_t stream = nullptr;
   cuda_ok(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "graph");
   cuda::DecodeArgs args = large.args({.kind = ScheduleKind::kStealing});
@@ -202,8 +220,8 @@ TEST(CudaDecode, GraphsFollowTheLengths) {
   cuda_ok(cudaStreamEndCapture(stream, &graph), "graph");
   cuda_ok(cudaGraphInstantiate(&executable, graph, 0), "graph");
   Random r(3);
-  for (int step = 0; step < 100; ++step) {
-    std::vector<std::int32_t> lens = kSkewed;
+  for (int step = 0; step < repeats("HEDDLE_REPLAYS", 200); ++step) {
+    std::vector<std::int32_t> lens = longest;
     for (auto& len : lens) len = static_cast<std::int32_t>(r.chance(0.2) ? len : r.integer(0, len));
     large.set_lens(lens);
     const auto expected = large.run({.kind = ScheduleKind::kStatic});

@@ -35,11 +35,12 @@ HostPlan plan_of(const PlanShape& shape, const std::vector<int>& keys, std::int6
     plan.starts.push_back(plan.starts.back() + std::int64_t{shape.length(k)} * shape.units_per_entry);
   const auto keys_of = [&](std::int64_t entry) { return keys[static_cast<std::size_t>(entry)]; };
   const Cut cut(shape, plan.starts.back());
-  for (int c = 0; c <= shape.chunks(); ++c) {
+  const int chunks = shape.ctas * cut.per_cta;
+  for (int c = 0; c <= chunks; ++c) {
     plan.places.push_back(place_at(shape, plan.starts.data(), cut.start(c), keys_of));
   }
-  for (int c = 0; c < shape.chunks(); ++c) {
-    const Chunk& chunk = plan.chunks.emplace_back(chunk_at(shape, plan.places.data(), c, cut.per_cta));
+  for (int c = 0; c < chunks; ++c) {
+    const Chunk& chunk = plan.chunks.emplace_back(chunk_at(plan.places.data(), chunks, c, cut.per_cta));
     for (Walk walk{chunk.begin}; walk.more(chunk);) {
       const int unit_keys = keys[walk.at.unit / static_cast<unsigned>(shape.units_per_entry)];
       plan.items.push_back({walk.next(shape, chunk, unit_keys, max_splits), c});
@@ -87,6 +88,7 @@ TEST(GpuDecodePlan, CoversEveryKeyOnce) {
                     .units_per_entry = static_cast<int>(r.log_integer(1, 64)),
                     .ctas = r.pick<int>({1, 2, 7, 132}),
                     .min_chunk = static_cast<int>(r.integer(1, 32)),
+                    .min_share = static_cast<int>(r.log_integer(1, 1024)),
                     .overhead = static_cast<int>(r.integer(0, 8)),
                     .split_keys = r.chance(0.3) ? static_cast<int>(64 * r.log_integer(1, 64)) : 0};
     std::vector<int> keys(static_cast<std::size_t>(shape.entries));
@@ -100,7 +102,8 @@ TEST(GpuDecodePlan, CoversEveryKeyOnce) {
 
 // However skewed, no CTA has more than its share, but for a piece that moved to the end of a unit.
 TEST(GpuDecodePlan, SharesAreEqual) {
-  const PlanShape shape{.entries = 32, .units_per_entry = 8, .ctas = 132, .min_chunk = 16, .overhead = 4};
+  const PlanShape shape{
+      .entries = 32, .units_per_entry = 8, .ctas = 132, .min_chunk = 16, .min_share = 100, .overhead = 4};
   std::vector<int> keys(32, 4096);
   keys[5] = 131072;
   const HostPlan plan = plan_of(shape, keys, 1);

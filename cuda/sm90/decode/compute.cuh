@@ -37,12 +37,19 @@ class Math {
         shared_(shared),
         warp_(warp),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        slice_sets_(kMathWarps / p.row_groups),
-        slice_set_(warp % slice_sets_),
-        row_base_(warp / slice_sets_ * 8 * kColumns) {}
+        tile_slices_(Config::kSlices / p.unit_heads),
+        slice_sets_(kMathWarps / (p.row_groups * p.unit_heads)),
+        row_base_(warp / slice_sets_ % p.row_groups * 8 * kColumns) {
+    if constexpr (Format::kScaled) {
+      k_factor_ = (Format::kFp8 ? 256.0f : 1.0f) * p.score_factor * (p.partition == 0 ? __ldg(p.k_scale) : 1.0f);
+      v_factor_ = __ldg(p.v_scale) * Format::kValueFactor;
+    }
+  }
 
   __device__ void run() {
-    for (int stage = 0, phase = 0, slot = 0, slot_phase = 0;;) {
+    const int first_slice = warp_ / slice_sets_ / p_.row_groups * tile_slices_;  // of its head
+    int stage = 0, phase = 0, slot = 0, slot_phase = 0;
+    while (true) {
       shared_.work_full[slot].wait(slot_phase);
       work_ = shared_.works[slot];
       __syncwarp();
@@ -55,24 +62,25 @@ class Math {
       if (item.unit == kNoUnit) return;
       start();
       const int all_see_to = min(work_.all_see_to, item.end);
-      int first = slice_set_;  // of the item's slices, numbered through, this warp takes every slice_sets_-th
+      int first =
+          warp_ % slice_sets_;  // of the slices of its head, numbered through, this warp takes every slice_sets_-th
       int begin = item.begin;
       do {
         shared_.full[stage].wait(phase);
         const Stage& tile = shared_.stages[stage];
 #pragma unroll 1
-        for (; first < kSlices; first += slice_sets_) {
-          const int at = begin + first * kSliceKeys;
-          if (at < item.end) compute(tile, first, at < work_.all_see_from || at + kSliceKeys > all_see_to);
+        for (; first < tile_slices_; first += slice_sets_) {
+          const int at = begin + first * kSliceKeys, slice = first_slice + first;
+          if (at < item.end) compute(tile, slice, at < work_.all_see_from || at + kSliceKeys > all_see_to);
         }
-        first -= kSlices;
+        first -= tile_slices_;
         __syncwarp();
         if (lane_ == 0) shared_.empty[stage].arrive();
         if (++stage == Config::kStages) {
           stage = 0;
           phase ^= 1;
         }
-        begin += kTileKeys;
+        begin += tile_slices_ * kSliceKeys;
       } while (begin < item.end);
       finish();
     }
@@ -107,7 +115,7 @@ class Math {
     // The fragments of Q^T, the right operand of K Q^T: row g of each step.
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
-      const int row = row_base_ + 8 * n;
+      const int row = warp_ / slice_sets_ * 8 * kColumns + 8 * n;
       const auto* words = reinterpret_cast<const std::uint32_t*>(shared_.query[row + g()]);
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
@@ -141,12 +149,13 @@ class Math {
   // Q as operands in shared memory. A warp takes a row at a time; a lane has elements 4 lane to 4 lane + 3 of each 128.
   __device__ void stage_queries() {
     constexpr int kLoads = (kDim + 127) / 128;
-    const int tile_rows = slice_sets_ == kMathWarps ? 8 * kColumns : p_.rows_per_tile;
 #pragma unroll 1
-    for (int tile_row = warp_; tile_row < tile_rows; tile_row += kMathWarps) {
-      const int row = work_.row_tile * p_.rows_per_tile + tile_row;
+    for (int tile_row = warp_; tile_row < p_.unit_heads * p_.rows_per_tile; tile_row += kMathWarps) {
+      const int head_in_unit = tile_row / p_.rows_per_tile;
+      const int row = work_.row_tile * p_.rows_per_tile + tile_row % p_.rows_per_tile;
       const bool inside = row < p_.rows();
-      const int query = inside ? row / p_.group : 0, head = work_.head * p_.group + (inside ? row % p_.group : 0);
+      const int query = inside ? row / p_.group : 0;
+      const int head = (work_.head + head_in_unit) * p_.group + (inside ? row % p_.group : 0);
       const char* q = p_.q + work_.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
       std::uint32_t pairs[kLoads][2];
 #pragma unroll
@@ -203,8 +212,7 @@ class Math {
           }
         }
         if (lane_ == 0) {
-          const float k_scale = p_.partition == 0 ? __ldg(p_.k_scale) : 1.0f;
-          shared_.factor[tile_row] = scale * (Format::kFp8 ? 256.0f : 1.0f) * p_.score_factor * k_scale;
+          shared_.factor[tile_row] = scale * k_factor_;
         }
       }
     }
@@ -272,14 +280,13 @@ class Math {
   // Products in log2 units (or the argument of softcap's tanh).
   __device__ void scores(const Stage& tile, int slice, float (&x)[kColumns][4]) const {
     // Rows 0 to 15 of 16 bytes, then the 16 bytes beside them.
-    const std::uint32_t at =
-        shared_address(tile.k) + (slice * kSliceKeys + lane_ % 16) * Config::kPitch + lane_ / 16 * 16;
+    const std::uint32_t at = shared_address(tile.k[slice]) + Config::row_offset(lane_ % 16, lane_ / 16);
     if constexpr (Format::kInt8) {
       int c[kColumns][4] = {};
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         std::uint32_t a[4];
-        load_matrices(a, at + 32 * s);
+        load_matrices(a, Config::step_from(at, s));
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) mma_int8(c[n], a, query_[n][s][0], query_[n][s][1]);
       }
@@ -294,7 +301,7 @@ class Math {
 #pragma unroll
       for (int s = 0; s < kSteps; s += Format::kFp8 ? 2 : 1) {
         std::uint32_t a[4];
-        load_matrices(a, at + (Format::kFp8 ? 16 : 32) * s);
+        load_matrices(a, Config::step_from(at, Format::kFp8 ? s / 2 : s));
         if constexpr (Format::kFp8) {
           const std::uint32_t a0[4] = {Format::template halves<true>(a[0]), Format::template halves<true>(a[1]),
                                        Format::template halves<false>(a[0]), Format::template halves<false>(a[1])};
@@ -357,13 +364,14 @@ class Math {
   static constexpr int kLoadBlocks = Format::kBytes == 1 ? 2 : 1;
   __device__ void load_values(const Stage& tile, int slice, int load, std::uint32_t (&a)[kLoadBlocks][4]) const {
     // Keys 0 to 7: 16 bytes and the 16 beside them; then keys 8 to 15.
-    const int key = slice * kSliceKeys + lane_ % 8 + lane_ / 16 * 8;
-    const std::uint32_t at = shared_address(tile.v) + key * Config::kPitch + lane_ / 8 % 2 * 16;
+    const int key = lane_ % 8 + lane_ / 16 * 8;
+    const std::uint32_t at =
+        Config::step_from(shared_address(tile.v[slice]) + Config::row_offset(key, lane_ / 8 % 2), load);
     if constexpr (Format::kBytes == 2) {
-      load_matrices_transposed(a[0], at + 32 * load);
+      load_matrices_transposed(a[0], at);
     } else {
       std::uint32_t x[4];
-      load_matrices_transposed(x, at + 32 * load);
+      load_matrices_transposed(x, at);
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
         a[b][0] = Format::template halves<false>(x[b]);
@@ -449,44 +457,65 @@ class Math {
 
   // -- the end of an item ---------------------------------------------------------------------------------------------
 
-  // What turns a sum of weighted values into the output, and the logarithm of the weights' sum.
-  struct Final {
-    float factor, lse;
-  };
-  __device__ Final finalize(float max, float sum, int head) const {
-    const float sink = p_.sinks != nullptr ? __ldg(p_.sinks + head) * kLog2E : -INFINITY;
-    const float largest = fmaxf(max, sink), reference = largest == -INFINITY ? 0.0f : largest;
-    const float correction = weight_of(max, reference), all = sum * correction + exp2_approx(sink - reference);
-    float factor = all == 0.0f ? 0.0f : __fdividef(correction, all);
-    if constexpr (Format::kScaled) factor *= __ldg(p_.v_scale) * Format::kValueFactor;
-    return {factor, all == 0.0f ? -INFINITY : (reference + __log2f(all)) * kLn2};
-  }
+  // Weighted values of four features of a row, relative to 2^max, and the sum of the weights.
+  struct Sum {
+    float max, sum;
+    float4 x;
 
-  __device__ void write(int request, int head, int row, int column, const float (&x)[4], const Final& final) const {
-    const int query = row / p_.group, q_head = head * p_.group + row % p_.group;
-    char* out = p_.out + request * p_.out_stride.batch + query * p_.out_stride.seq + q_head * p_.out_stride.head;
-    auto* to = reinterpret_cast<Query*>(out) + column;
+    __device__ void scale(float factor) {
+      sum *= factor;
+      x = {x.x * factor, x.y * factor, x.z * factor, x.w * factor};
+    }
+    __device__ void add(float weight, float other_sum, const float4& y) {
+      sum += weight * other_sum;
+      x = {x.x + weight * y.x, x.y + weight * y.y, x.z + weight * y.z, x.w + weight * y.w};
+    }
+  };
+
+  // The item's rows: those of its first head, then those of the second.
+  struct Rows {
+    int first, of_head;  // the first among those of a head, and how many of it
+    __device__ int head_of(int row) const { return row >= of_head; }
+    __device__ int within(int row) const { return row >= of_head ? row - of_head : row; }
+  };
+
+  // Four features of a row, and at the first of them the logarithm of the weights' sum.
+  __device__ void write(const Rows& rows, int item_row, int feature, const Sum& all) const {
+    const int row = rows.first + rows.within(item_row), request = work_.request, query = row / p_.group;
+    const int head = (work_.head + rows.head_of(item_row)) * p_.group + row % p_.group;
+    const float sink = p_.sinks != nullptr ? __ldg(p_.sinks + head) * kLog2E : -INFINITY;
+    const float largest = fmaxf(all.max, sink), reference = largest == -INFINITY ? 0.0f : largest;
+    const float correction = weight_of(all.max, reference);
+    const float sum = all.sum * correction + exp2_approx(sink - reference);
+    float factor = sum == 0.0f ? 0.0f : __fdividef(correction, sum);
+    if constexpr (Format::kScaled) factor *= v_factor_;
+    char* out = p_.out + request * p_.out_stride.batch + query * p_.out_stride.seq + head * p_.out_stride.head;
+    auto* to = reinterpret_cast<Query*>(out) + feature;
     Vec<Query, 4> y;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) y.elements[i] = from_float<Query>(x[i] * final.factor);
+    y.elements[0] = from_float<Query>(all.x.x * factor);
+    y.elements[1] = from_float<Query>(all.x.y * factor);
+    y.elements[2] = from_float<Query>(all.x.z * factor);
+    y.elements[3] = from_float<Query>(all.x.w * factor);
     if (p_.wide_out) {
       y.store(to);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) to[i] = y.elements[i];
     }
-    if (column == 0 && p_.lse != nullptr) {
-      p_.lse[request * p_.lse_stride.batch + query * p_.lse_stride.seq + q_head * p_.lse_stride.head] = final.lse;
+    if (feature == 0 && p_.lse != nullptr) {
+      p_.lse[request * p_.lse_stride.batch + query * p_.lse_stride.seq + head * p_.lse_stride.head] =
+          sum == 0.0f ? -INFINITY : (reference + __log2f(sum)) * kLn2;
     }
   }
 
+  // Sums over warps, in pieces of four features.
   __device__ void finish() {
     const Item& item = work_.item;
-    const int request = work_.request, head = work_.head, row_tile = work_.row_tile;
-    constexpr int kPieces = 4 * Config::kRoundBlocks;  // 4 features each, of a row in a round
+    constexpr int kPieces = 4 * Config::kRoundBlocks;  // of a row in a round
+    constexpr int kRounds = kBlocks / Config::kRoundBlocks;
     const int thread = warp_ * 32 + lane_, slots = warp_ * 8 * kColumns;
-    const int first_row = row_tile * p_.rows_per_tile, rows = min(p_.rows_per_tile, p_.rows() - first_row);
-    const std::int64_t own_slot = slot_of(p_.shape.split_keys > 0, item.slot, item.split);
+    const int first_row = work_.row_tile * p_.rows_per_tile;
+    const Rows rows{first_row, min(p_.rows_per_tile, p_.rows() - first_row)};
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -501,7 +530,8 @@ class Math {
       }
     }
 #pragma unroll
-    for (int round = 0; round < kBlocks / Config::kRoundBlocks; ++round) {
+    for (int round = 0; round < kRounds; ++round) {
+      if (round > 0) named_sync(kMathBarrier, kMathThreads);  // the round before has been read
 #pragma unroll
       for (int b = 0; b < Config::kRoundBlocks; ++b) {
 #pragma unroll
@@ -521,162 +551,108 @@ class Math {
       }
       named_sync(kMathBarrier, kMathThreads);
 #pragma unroll 1
-      for (int piece = thread; piece < rows * kPieces; piece += kMathThreads) {
+      for (int piece = thread; piece < p_.unit_heads * rows.of_head * kPieces; piece += kMathThreads) {
         const int row = piece / kPieces, column = piece % kPieces * 4;
-        // The same row of the warps that share it, which lie `slice_sets_` after each other.
-        const int group = row / (8 * kColumns) * slice_sets_;
-        const int first = group * 8 * kColumns + row % (8 * kColumns);
-        float largest = -INFINITY, sum = 0.0f, x[4] = {};
-#pragma unroll 2
-        for (int s = 0; s < slice_sets_; ++s) largest = fmaxf(largest, shared_.max[first + s * 8 * kColumns]);
-#pragma unroll 2
-        for (int s = 0; s < slice_sets_; ++s) {
-          const int at = first + s * 8 * kColumns;
-          const float weight = weight_of(shared_.max[at], largest);
-          const float4 y = *reinterpret_cast<const float4*>(shared_.exchange[at] + column);
-          sum += weight * shared_.sum[at];
-          x[0] += weight * y.x;
-          x[1] += weight * y.y;
-          x[2] += weight * y.z;
-          x[3] += weight * y.w;
-        }
         const int feature = 16 * Config::kRoundBlocks * round + column;
+        const Sum sum = sum_warps(rows.head_of(row) * p_.rows_per_tile + rows.within(row), column);
         if (item.num_splits == 1) {
-          const int full_row = first_row + row;
-          write(request, head, full_row, feature, x, finalize(largest, sum, head * p_.group + full_row % p_.group));
+          write(rows, row, feature, sum);
         } else {
-          const std::int64_t at = own_slot * p_.partial_rows + row;
-          __stcg(reinterpret_cast<float4*>(p_.partial_out + at * kDim + feature), make_float4(x[0], x[1], x[2], x[3]));
-          if (feature == 0) __stcg(p_.partial_state + at, make_float2(largest, sum));
+          const std::int64_t at = slot_of(p_.shape.split_keys > 0, item.slot, item.split) * p_.partial_rows + row;
+          __stcg(reinterpret_cast<float4*>(p_.partial_out + at * kDim + feature), sum.x);
+          if (feature == 0) __stcg(p_.partial_state + at, make_float2(sum.max, sum.sum));
         }
       }
-      // Before the next round, or the next item, writes there.
-      if (round + 1 < kBlocks / Config::kRoundBlocks || item.num_splits == 1) named_sync(kMathBarrier, kMathThreads);
     }
-    if (item.num_splits > 1) {
-      named_sync(kMathBarrier, kMathThreads);
-      if (thread == 0) {
-        // Releases what all these warps wrote (the barrier ordered it before), and acquires what the others released.
-        unsigned* arrived = p_.arrived + item.unit;
-        const bool last = add_acquire_release(arrived) + 1 == static_cast<unsigned>(item.num_splits);
-        if (last) *arrived = 0;  // for the next launch
-        shared_.is_last = last;
+    if (item.num_splits == 1) return;
+    named_sync(kMathBarrier, kMathThreads);
+    if (thread == 0) {
+      // Releases what all these warps wrote (the barrier ordered it before), and acquires what the others released.
+      unsigned* arrived = p_.arrived + item.unit;
+      const bool last = add_acquire_release(arrived) + 1 == static_cast<unsigned>(item.num_splits);
+      if (last) *arrived = 0;  // for the next launch
+      shared_.is_last = last;
+    }
+    named_sync(kMathBarrier, kMathThreads);
+    if (shared_.is_last != 0) merge(rows);
+  }
+
+  // Over the warps that share a row of the tile, whose rows of the exchange lie `slice_sets_` after each other.
+  __device__ Sum sum_warps(int row, int column) const {
+    const int first = row / (8 * kColumns) * slice_sets_ * 8 * kColumns + row % (8 * kColumns);
+    Sum all{-INFINITY, 0.0f, {}};
+#pragma unroll
+    for (int s = 0; s < kMathWarps; ++s) {
+      if (s < slice_sets_) all.max = fmaxf(all.max, shared_.max[first + s * 8 * kColumns]);
+    }
+#pragma unroll
+    for (int s = 0; s < kMathWarps; ++s) {
+      if (s >= slice_sets_) break;
+      const int at = first + s * 8 * kColumns;
+      all.add(weight_of(shared_.max[at], all.max), shared_.sum[at],
+              *reinterpret_cast<const float4*>(shared_.exchange[at] + column));
+    }
+    return all;
+  }
+
+  // Merges the splits of a unit in their order: up to 8 neighbouring lanes share a piece, of which each takes a stretch
+  // of the splits.
+  __device__ void merge(const Rows& rows) const {
+    constexpr int kPieces = kDim / 4;  // of a row
+    const int thread = warp_ * 32 + lane_, pieces = p_.unit_heads * rows.of_head * kPieces;
+    int sharers = 1;
+    while (sharers < 8 && 2 * sharers * pieces <= kMathThreads) sharers *= 2;
+    const int stretch = (work_.item.num_splits + sharers - 1) / sharers, first = thread % sharers * stretch;
+#pragma unroll 1
+    for (int piece = thread / sharers; piece - thread / sharers < pieces; piece += kMathThreads / sharers) {
+      const int row = min(piece, pieces - 1) / kPieces, feature = piece % kPieces * 4;
+      Sum all = sum_splits(first, min(first + stretch, work_.item.num_splits), row, feature);
+#pragma unroll 1
+      for (int lanes = 1; lanes < sharers; lanes *= 2) {
+        const auto other = [&](float x) { return __shfl_xor_sync(kFullWarp, x, lanes); };
+        const Sum theirs{
+            other(all.max), other(all.sum), {other(all.x.x), other(all.x.y), other(all.x.z), other(all.x.w)}};
+        const float largest = fmaxf(all.max, theirs.max);
+        all.scale(weight_of(all.max, largest));
+        all.max = largest;
+        all.add(weight_of(theirs.max, largest), theirs.sum, theirs.x);
       }
-      named_sync(kMathBarrier, kMathThreads);
-      if (shared_.is_last != 0) merge(item, request, head, first_row, rows);
+      if (thread % sharers == 0 && piece < pieces) write(rows, row, feature, all);
     }
+  }
+
+  // Splits beyond the last repeat one with no weight, so that all loads of a step are in flight together.
+  __device__ Sum sum_splits(int begin, int end, int row, int feature) const {
+    constexpr int kStep = kColumns == 1 ? 12 : 4;
+    Sum all{-INFINITY, 0.0f, {}};
+#pragma unroll 1
+    for (int first = begin; first < end; first += kStep) {
+      float4 x[kStep];
+      float2 state[kStep];
+#pragma unroll
+      for (int u = 0; u < kStep; ++u) {
+        const int split = min(first + u, end - 1);
+        const std::int64_t at = slot_of(p_.shape.split_keys > 0, work_.item.slot, split) * p_.partial_rows + row;
+        state[u] = __ldcg(p_.partial_state + at);
+        x[u] = __ldcg(reinterpret_cast<const float4*>(p_.partial_out + at * kDim + feature));
+      }
+      float largest = all.max;
+#pragma unroll
+      for (int u = 0; u < kStep; ++u) largest = fmaxf(largest, state[u].x);
+      all.scale(weight_of(all.max, largest));
+      all.max = largest;
+#pragma unroll
+      for (int u = 0; u < kStep; ++u) {
+        if (first + u < end) all.add(weight_of(state[u].x, largest), state[u].y, x[u]);
+      }
+    }
+    return all;
   }
 
   __device__ static unsigned add_acquire_release(unsigned* counter) {
     unsigned before;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
-  }
-
-  // Merges the splits of a unit in their order. A warp takes a row, or with few rows one of `parts` equal stretches of
-  // the row's splits, whose sums are then added; its lanes hold the weights of 32 splits.
-  __device__ void merge(const Item& item, int request, int head, int first_row, int rows) {
-    constexpr int kVectors = (kDim + 127) / 128;  // of 4 features, a lane
-    constexpr int kStep = (kColumns == 1 ? 16 : 8) / kVectors;
-    const bool fixed = p_.shape.split_keys > 0;
-    const int parts = rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 2 : 1, part = warp_ % parts;
-    const int length = (item.num_splits + parts - 1) / parts;
-    const int from = min(part * length, item.num_splits), to = min(from + length, item.num_splits);
-    int row = warp_ / parts;
-#pragma unroll 1
-    do {
-      const int own_row = min(row, rows - 1);
-      const auto slot = [&](int split) { return slot_of(fixed, item.slot, split) * p_.partial_rows + own_row; };
-      const auto state = [&](int split, int end) {
-        return split < end ? __ldcg(p_.partial_state + slot(split)) : make_float2(-INFINITY, 0.0f);
-      };
-      // Steps beyond the last split repeat it with no weight, so that all loads of a step are in flight together.
-      float4 y[kStep][kVectors];
-      const auto load = [&](int first) {
-#pragma unroll
-        for (int u = 0; u < kStep; ++u) {
-          const float* at = p_.partial_out + slot(min(first + u, item.num_splits - 1)) * kDim;
-#pragma unroll
-          for (int i = 0; i < kVectors; ++i) {
-            const int column = 4 * (lane_ + 32 * i);
-            y[u][i] = __ldcg(reinterpret_cast<const float4*>(at + (column < kDim ? column : 0)));
-          }
-        }
-      };
-      load(from);
-      float largest = -INFINITY;
-      for (int split = lane_; split < item.num_splits; split += 32) {
-        largest = fmaxf(largest, state(split, item.num_splits).x);
-      }
-#pragma unroll
-      for (int lanes = 1; lanes < 32; lanes *= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, lanes));
-      }
-      float sum = 0.0f, weight = 0.0f, x[kVectors][4] = {};
-#pragma unroll 1
-      for (int first = from; first < to; first += kStep) {
-        if (first != from) load(first);
-        if ((first - from) % 32 == 0) {
-          const float2 own = state(first + lane_, to);
-          weight = weight_of(own.x, largest);
-          sum += weight * own.y;
-        }
-#pragma unroll
-        for (int u = 0; u < kStep; ++u) {
-          const float w = __shfl_sync(kFullWarp, weight, (first - from) % 32 + u);
-          if (first + u >= to) continue;
-#pragma unroll
-          for (int i = 0; i < kVectors; ++i) {
-            x[i][0] += w * y[u][i].x;
-            x[i][1] += w * y[u][i].y;
-            x[i][2] += w * y[u][i].z;
-            x[i][3] += w * y[u][i].w;
-          }
-        }
-      }
-#pragma unroll
-      for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
-
-      if (parts > 1) {
-        // The first lines of the exchange are long enough for a row: there are fewer than 8 * kColumns * kMathWarps.
-        auto* exchange = &shared_.exchange[0][0];
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          const int column = 4 * (lane_ + 32 * i);
-          if (column < kDim) {
-            *reinterpret_cast<float4*>(exchange + warp_ * kDim + column) =
-                make_float4(x[i][0], x[i][1], x[i][2], x[i][3]);
-          }
-        }
-        if (lane_ == 0) shared_.sum[warp_] = sum;
-        named_sync(kMathBarrier, kMathThreads);
-        if (part == 0) {
-          for (int other = warp_ + 1; other < warp_ + parts; ++other) {
-            sum += shared_.sum[other];
-#pragma unroll
-            for (int i = 0; i < kVectors; ++i) {
-              const int column = 4 * (lane_ + 32 * i);
-              if (column >= kDim) continue;
-              const float4 z = *reinterpret_cast<const float4*>(exchange + other * kDim + column);
-              x[i][0] += z.x;
-              x[i][1] += z.y;
-              x[i][2] += z.z;
-              x[i][3] += z.w;
-            }
-          }
-        }
-      }
-      if (part == 0 && row < rows) {
-        const int full_row = first_row + row;
-        const Final final = finalize(largest, sum, head * p_.group + full_row % p_.group);
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          const int column = 4 * (lane_ + 32 * i);
-          if (column < kDim) write(request, head, full_row, column, x[i], final);
-        }
-      }
-      row += kMathWarps;
-    } while (parts == 1 && row < rows);
   }
 
   // Of sums that are relative to 2^max, when they become relative to 2^largest. Above 0 if something was summed: what
@@ -687,7 +663,9 @@ class Math {
 
   const Params& p_;
   Shared& shared_;
-  int warp_, lane_, slice_sets_, slice_set_, row_base_;
+  int warp_, lane_, tile_slices_, slice_sets_, row_base_;
+  float k_factor_ = 1.0f,
+        v_factor_ = 1.0f;  // what turns products into scores but for a row's scale, and sums into outputs
   Work work_;
 
   std::uint32_t query_[kColumns][kSteps][2];

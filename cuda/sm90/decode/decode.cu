@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cuda/common/launch_early.h"
+#include "cuda/common/tensor_map.h"
 #include "cuda/launch.h"
 #include "cuda/sm90/decode/config.h"
 #include "cuda/sm90/decode/instances.h"
@@ -62,12 +63,19 @@ Params params_of(const DecodeArgs& a) {
   p.max_kv_len = clamp(a.max_kv_len);
   p.num_tokens = clamp(a.num_tokens);
   p.shape.entries = listed ? a.batch * a.num_kv_heads : a.batch;
-  p.shape.units_per_entry = listed ? p.row_tiles : p.num_kv_heads * p.row_tiles;
+  // Two neighbouring heads of a page lie together in memory, which is then read in longer stretches. Not where a
+  // request's bits must not depend on the batch.
+  const bool paired = !listed && a.schedule.split_size == 0 && p.num_kv_heads % 2 == 0 && p.row_tiles == 1 &&
+                      p.row_groups <= 2 && a.batch * p.num_kv_heads / 2 >= decode::kMinPairs;
+  p.unit_heads = paired ? 2 : 1;
+  p.partial_rows *= p.unit_heads;
+  p.shape.units_per_entry = listed ? p.row_tiles : p.num_kv_heads / p.unit_heads * p.row_tiles;
   p.shape.ctas = multiprocessors(a.device);
-  const bool wide = a.cache_dtype == a.dtype;  // 8-bit items take as long to start and end, but half as long to read
-  p.shape.overhead = (wide ? 1 : 2) * decode::kOverheadGranules;
-  p.shape.split_keys = clamp(ceil_div(a.schedule.split_size, decode::kTileKeys) * decode::kTileKeys);
-  if (p.shape.split_keys == 0) p.shape.min_chunk = (wide ? 1 : 4) * decode::kMinChunkGranules;
+  const bool wide = a.cache_dtype == a.dtype;
+  p.shape.overhead = (wide ? decode::kOverheadGranules : decode::kNarrowOverheadGranules) / p.unit_heads;
+  p.shape.min_share = decode::kMinShareGranules / p.unit_heads;
+  p.shape.split_keys = clamp(ceil_div(a.schedule.split_size, decode::kSplitKeys) * decode::kSplitKeys);
+  if (p.shape.split_keys == 0) p.shape.min_chunk = (wide ? 1 : 4) * decode::kMinChunkGranules / p.unit_heads;
   p.stealing = a.schedule.kind == ScheduleKind::kAuto || a.schedule.kind == ScheduleKind::kStealing;
   if (p.shape.split_keys > 0) {
     p.max_splits = std::max<std::int64_t>(1, ceil_div(listed ? a.num_tokens : a.max_kv_len, p.shape.split_keys));
@@ -98,6 +106,19 @@ std::int64_t lay_out(Params& p, std::int64_t head_dim, void* workspace) {
   take(p.partial_state, slots * p.partial_rows);
   take(p.partial_out, slots * p.partial_rows * head_dim);
   return at;
+}
+
+// Boxes of 16 keys of a head.
+CUtensorMap map_of(const char* name, const DecodeArgs& a, const void* data, const DecodeArgs::PageStrides& stride) {
+  const auto element = static_cast<std::int64_t>(size_of(a.cache_dtype));
+  const std::int64_t row = a.head_dim * element, band = decode::band_bytes(static_cast<int>(row)) / element;
+  const std::int64_t bands = a.head_dim / band;
+  return make_tensor_map(name, data, a.cache_dtype,
+                         {{band, 1, band},
+                          {a.page_size, stride.slot / element, decode::kSliceKeys},
+                          {bands, band, bands},
+                          {a.num_kv_heads, stride.head / element, 1},
+                          {a.num_pages, stride.page / element, 1}});
 }
 
 void set_data(const DecodeArgs& a, Params& p) {
@@ -134,6 +155,7 @@ void set_data(const DecodeArgs& a, Params& p) {
            (a.page_size * row) % 256 == 0;
   };
   p.fetch_ahead = stretches(a.k, a.k_stride) && stretches(a.v, a.v_stride);
+  p.whole_slices = a.tokens == nullptr && a.page_size % decode::kSliceKeys == 0;
   p.seq_lens = a.seq_lens;
   p.block_table = a.block_table;
   p.table_stride = a.table_stride;
@@ -166,20 +188,26 @@ void set_data(const DecodeArgs& a, Params& p) {
 }
 
 template <class Format>
-void launch_format(const Params& params, std::int64_t head_dim, int columns, void* stream) {
-#define X(dim, cols) \
-  if (head_dim == dim && columns == cols) return decode::launch<Format, dim, cols>(params, stream);
+void launch_format(const DecodeArgs& a, Params& p) {
+  const int columns = decode::row_tile(a.num_queries * p.group, static_cast<int>(a.head_dim)).columns;
+#define X(dim, cols)                                       \
+  if (a.head_dim == dim && columns == cols) {              \
+    if (p.whole_slices) {                                  \
+      p.k_map = map_of("keys", a, a.k, a.k_stride);        \
+      p.v_map = map_of("values", a, a.v, a.v_stride);      \
+    }                                                      \
+    return decode::launch<Format, dim, cols>(p, a.stream); \
+  }
   HEDDLE_DECODE_SHAPES(X)
 #undef X
-  unsupported("q", "head_dim " + std::to_string(head_dim) + "; the sm90 decode kernel has 64, 96, 128, 192 and 256");
+  unsupported("q", "head_dim " + std::to_string(a.head_dim) + "; the sm90 decode kernel has 64, 96, 128, 192 and 256");
 }
 
 template <class T>
-void launch_type(const DecodeArgs& a, const Params& p) {
-  const int columns = decode::row_tile(a.num_queries * p.group, static_cast<int>(a.head_dim)).columns;
-  if (a.cache_dtype == a.dtype) return launch_format<decode::Native<T>>(p, a.head_dim, columns, a.stream);
-  if (a.cache_dtype == DType::kInt8) return launch_format<decode::Int8<T>>(p, a.head_dim, columns, a.stream);
-  if (a.cache_dtype == DType::kFloat8E4M3) return launch_format<decode::Fp8<T>>(p, a.head_dim, columns, a.stream);
+void launch_type(const DecodeArgs& a, Params& p) {
+  if (a.cache_dtype == a.dtype) return launch_format<decode::Native<T>>(a, p);
+  if (a.cache_dtype == DType::kInt8) return launch_format<decode::Int8<T>>(a, p);
+  if (a.cache_dtype == DType::kFloat8E4M3) return launch_format<decode::Fp8<T>>(a, p);
   unsupported("cache", std::string(to_string(a.cache_dtype)) + " with q of " + std::string(to_string(a.dtype)) +
                            "; the sm90 decode kernel takes caches of q's dtype, int8 and float8_e4m3");
 }

@@ -18,17 +18,22 @@ namespace heddle::cuda::decode {
 
 template <class Config>
 __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ Params params) {
-  extern __shared__ __align__(16) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<typename Config::Shared*>(memory);
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
-      shared.full[stage].init(33 * kLoadWarps);  // the copies of every thread, and the other writes of each warp
+      shared.full[stage].init(full_arrivals(params));
       shared.empty[stage].init(kMathWarps);
     }
     for (int work = 0; work < kWorks; ++work) {
       shared.work_full[work].init(1);
       shared.work_empty[work].init(kMathWarps);
+    }
+    fence_barrier_init();
+    if (params.whole_slices) {
+      prefetch_tensor_map(params.k_map);
+      prefetch_tensor_map(params.v_map);
     }
   }
   __syncthreads();

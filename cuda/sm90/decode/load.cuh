@@ -3,6 +3,7 @@
 
 #include "cuda/common/async.cuh"
 #include "cuda/common/online_softmax.cuh"
+#include "cuda/common/tma.cuh"
 #include "cuda/sm90/decode/shared.cuh"
 
 namespace heddle::cuda::decode {
@@ -44,16 +45,25 @@ class Queues {
   int cta_, taken_ = 1;
 };
 
-// What a loading warp does: slice `warp` of every tile.
+// Slices that are not copied whole, and scales by token, are written by copies of every thread.
+__device__ inline bool copies_by_thread(const Params& p) { return !p.whole_slices || p.partition > 0; }
+// What fills a stage: one arrival of each warp, for its bulk copies and other writes, beside the copies of its threads.
+__device__ inline int full_arrivals(const Params& p) { return (copies_by_thread(p) ? 33 : 1) * kLoadWarps; }
+
+// What a loading warp does: one or two slices of every tile, of one of the unit's heads.
 template <class Config>
 class Loader {
  public:
   using Shared = typename Config::Shared;
+  static constexpr int kWarpKeys = kSliceKeys * Config::kWarpSlices;
 
   __device__ Loader(const Params& p, Shared& shared, int warp)
       : p_(p),
         shared_(shared),
         warp_(warp),
+        tile_keys_(Config::kTileKeys / p.unit_heads),
+        head_in_unit_(warp * p.unit_heads / kLoadWarps),
+        first_row_(warp * kWarpKeys % tile_keys_),
         lane_(static_cast<int>(threadIdx.x) % 32),
         policy_(evict_first_policy()),
         queues_(p) {}
@@ -61,6 +71,7 @@ class Loader {
   // Tiles are issued one behind, so that the places of a tile's keys are on their way while the one before is issued.
   __device__ void run() {
     chunk_ = load_chunk(p_.own + blockIdx.x);
+    most_in_flight_ = min(Config::kInFlight + (chunk_.per_cta > 1), Config::kStages);
     walk_.at = chunk_.begin;
     Tile pending;
     Row pending_row;
@@ -83,7 +94,7 @@ class Loader {
     int begin = 0, keys = -1, head = 0, request = 0;
   };
 
-  // Where the key of one of the slice's rows lies. Lanes l and l + 16 know the same row.
+  // Where the key of one of the warp's rows lies. With one slice a warp, lanes l and l + 16 know the same row.
   struct Row {
     int key = kNoKey, page = -1;
     unsigned slot = 0;
@@ -100,8 +111,8 @@ class Loader {
   // The next tile. At the end of a chunk comes one that is none, so that what is pending does not wait for the next
   // chunk. False after the last one.
   __device__ bool next(Tile& tile) {
-    if (begin_ + kTileKeys < item_.end) {
-      begin_ += kTileKeys;
+    if (begin_ + tile_keys_ < item_.end) {
+      begin_ += tile_keys_;
     } else if (walk_.more(chunk_)) {
       open(walk_.at.unit);
       item_ = walk_.next(p_.shape, chunk_, keys_, p_.max_splits);
@@ -163,7 +174,7 @@ class Loader {
       head_ = static_cast<int>(entry % static_cast<unsigned>(p_.num_kv_heads));
     } else {
       request_ = static_cast<int>(entry);
-      head_ = unit_in_entry / p_.row_tiles;
+      head_ = unit_in_entry / p_.row_tiles * p_.unit_heads;
     }
     if (entry == entry_) return;
     entry_ = entry;
@@ -180,7 +191,7 @@ class Loader {
 
   __device__ Row look_up(const Tile& tile) const {
     Row row;
-    const int at = warp_ * kSliceKeys + lane_ % kSliceKeys, i = tile.begin + at;
+    const int at = first_row_ + lane_ % kWarpKeys, i = tile.begin + at;
     if (at >= tile.keys) return row;
     const int key =
         p_.tokens == nullptr
@@ -197,53 +208,109 @@ class Loader {
   // Fills the next stage.
   __device__ void issue(const Tile& tile, const Row& row) {
     auto& stage = shared_.stages[stage_];
+    Barrier& full = shared_.full[stage_];
     const bool inside = static_cast<unsigned>(row.page) < p_.num_pages;
-    std::uint32_t k_at = kNowhere, v_at = kNowhere;
-    if (inside) {
-      const auto page = static_cast<std::uint32_t>(row.page), head = static_cast<std::uint32_t>(tile.head);
-      k_at = page * p_.k_page_stride + head * p_.k_head_stride + row.slot * p_.k_slot_stride;
-      v_at = page * p_.v_page_stride + head * p_.v_head_stride + row.slot * p_.v_slot_stride;
+    // Slices beyond the end are not computed.
+    const int slices = min((tile.keys - first_row_ + kSliceKeys - 1) / kSliceKeys, Config::kWarpSlices);
+    const bool wanted = lane_ < slices * kSliceKeys;
+    if (in_flight_ == most_in_flight_) {
+      shared_.full[landing_].wait(landing_phase_);
+      if (++landing_ == Config::kStages) {
+        landing_ = 0;
+        landing_phase_ ^= 1;
+      }
+    } else {
+      ++in_flight_;
     }
     shared_.empty[stage_].wait(phase_ ^ 1);
-    if (warp_ * kSliceKeys < tile.keys) {  // slices beyond the end are not computed
-      if (p_.fetch_ahead) {
-        copy_rows<true>(stage.k, p_.k, k_at);
-        copy_rows<true>(stage.v, p_.v, v_at);
-      } else {
-        copy_rows<false>(stage.k, p_.k, k_at);
-        copy_rows<false>(stage.v, p_.v, v_at);
-      }
-      if (lane_ < kSliceKeys) {
-        const int at = warp_ * kSliceKeys + lane_;
-        stage.keys[at] = inside ? row.key : kNoKey;
-        if (Config::Format::kScaled && p_.partition > 0) {
-          const float* scale = p_.k_scale;
-          if (inside) {
-            scale += row.page * p_.k_scale_page_stride + tile.head * p_.k_scale_head_stride +
-                     row.slot / static_cast<unsigned>(p_.partition) * p_.k_scale_group_stride;
-          }
-          copy4_async(shared_address(stage.k_scale + at), scale, inside ? 4 : 0);
+    if (!p_.whole_slices) copy_slices(stage, tile, row, inside, slices);
+    if (wanted) {
+      const int at = warp_ * kWarpKeys + lane_;
+      stage.keys[at] = inside ? row.key : kNoKey;
+      if (Config::Format::kScaled && p_.partition > 0) {
+        const float* scale = p_.k_scale;
+        if (inside) {
+          scale += row.page * p_.k_scale_page_stride + (tile.head + head_in_unit_) * p_.k_scale_head_stride +
+                   row.slot / static_cast<unsigned>(p_.partition) * p_.k_scale_group_stride;
         }
+        copy4_async(shared_address(stage.k_scale + at), scale, inside ? 4 : 0);
       }
     }
-    shared_.full[stage_].arrive_when_copied();
+    if (copies_by_thread(p_)) full.arrive_when_copied();
     __syncwarp();
-    if (lane_ == 0) shared_.full[stage_].arrive();
+    if (lane_ == 0) {
+      if (p_.whole_slices && slices > 0) {
+        full.arrive_expecting(slices * 2 * Config::kSliceBytes);
+      } else {
+        full.arrive();
+      }
+    }
+    if (p_.whole_slices) {
+      __syncwarp();
+      if (wanted && lane_ % kSliceKeys == 0) {
+        // This lane knows the place of the first of 16 keys of one page. A page that is not in the cache is zeros.
+        const int slot = static_cast<int>(row.slot), head = tile.head + head_in_unit_;
+        const int slice = warp_ * Config::kWarpSlices + lane_ / kSliceKeys;
+        load_box(p_.k_map, full, stage.k[slice], CacheHint::kEvictFirst, 0, slot, 0, head, row.page);
+        load_box(p_.v_map, full, stage.v[slice], CacheHint::kEvictFirst, 0, slot, 0, head, row.page);
+      }
+    }
     advance();
   }
 
-  // The rows of this warp's slice, whose offsets lie in lanes 0 to 15.
+  __device__ void copy_slices(typename Config::Stage& stage, const Tile& tile, const Row& row, bool inside,
+                              int slices) {
+    std::uint32_t k_at = kNowhere, v_at = kNowhere;
+    if (inside) {
+      const auto page = static_cast<std::uint32_t>(row.page);
+      const auto head = static_cast<std::uint32_t>(tile.head + head_in_unit_);
+      k_at = page * p_.k_page_stride + head * p_.k_head_stride + row.slot * p_.k_slot_stride;
+      v_at = page * p_.v_page_stride + head * p_.v_head_stride + row.slot * p_.v_slot_stride;
+    }
+#pragma unroll 1
+    for (int i = 0; i < slices; ++i) {
+      const int slice = warp_ * Config::kWarpSlices + i;
+      const std::uint32_t k_of_slice = __shfl_sync(kFullWarp, k_at, i * kSliceKeys + lane_ % kSliceKeys);
+      const std::uint32_t v_of_slice = __shfl_sync(kFullWarp, v_at, i * kSliceKeys + lane_ % kSliceKeys);
+      if (p_.fetch_ahead) {
+        copy_rows<true>(stage.k[slice], p_.k, k_of_slice);
+        copy_rows<true>(stage.v[slice], p_.v, v_of_slice);
+      } else {
+        copy_rows<false>(stage.k[slice], p_.k, k_of_slice);
+        copy_rows<false>(stage.v[slice], p_.v, v_of_slice);
+      }
+    }
+  }
+
+  // The rows of a slice, whose offsets lie in lanes 0 to 15.
   template <bool kAhead>
   __device__ void copy_rows(char* to, const char* from, std::uint32_t at) {
     constexpr int kUnits = Config::kRowBytes / 16;  // 16-byte pieces of a row
-    const std::uint32_t base = shared_address(to) + warp_ * kSliceKeys * Config::kPitch;
-#pragma unroll 4
-    for (int i = 0; i < kSliceKeys * kUnits / 32; ++i) {
-      const int piece = i * 32 + lane_, row = piece / kUnits, column = piece % kUnits;
+    const std::uint32_t base = shared_address(to);
+    const auto copy = [&](int row, int column, std::uint32_t there) {
       const std::uint32_t offset = __shfl_sync(kFullWarp, at, row);
       const bool inside = offset != kNowhere;
       const char* source = from + (inside ? std::uint64_t{offset} * 16 + column * 16 : 0);
-      copy16_async<kAhead>(base + row * Config::kPitch + column * 16, source, inside ? 16 : 0, policy_);
+      copy16_async<kAhead>(there, source, inside ? 16 : 0, policy_);
+    };
+    const auto place = [&](int row, int column) {
+      return Config::step_from(base + Config::row_offset(row, column % 2), column / 2);
+    };
+    if constexpr (32 % kUnits == 0) {
+      // Lanes stay in their column; a step of rows only moves the place and exchanges units.
+      constexpr int kRows = 32 / kUnits;
+      const int row = lane_ / kUnits, column = lane_ % kUnits;
+      const std::uint32_t there = place(row, column);
+#pragma unroll
+      for (int i = 0; i < kSliceKeys; i += kRows) {
+        copy(i + row, column, (there ^ (i * Config::kBand / 128 % Config::kBandUnits << 4)) + i * Config::kBand);
+      }
+    } else {
+#pragma unroll 4
+      for (int i = 0; i < kSliceKeys * kUnits / 32; ++i) {
+        const int piece = i * 32 + lane_, row = piece / kUnits, column = piece % kUnits;
+        copy(row, column, place(row, column));
+      }
     }
   }
 
@@ -266,9 +333,10 @@ class Loader {
 
   const Params& p_;
   Shared& shared_;
-  int warp_, lane_;
+  int warp_, tile_keys_, head_in_unit_, first_row_, lane_;  // first_row_: of the warp, among its head's keys of a tile
   std::uint64_t policy_;
   int stage_ = 0, phase_ = 0, parity_ = 0;
+  int most_in_flight_ = 0, in_flight_ = 0, landing_ = 0, landing_phase_ = 0;  // stages being filled, the first of them
 
   Queues queues_;
   Chunk chunk_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cuda.h>
 
 #include "cuda/sm90/decode/plan.h"
 
@@ -24,6 +25,9 @@ struct Params {
   std::uint32_t k_page_stride = 0, k_head_stride = 0, k_slot_stride = 0;
   std::uint32_t v_page_stride = 0, v_head_stride = 0, v_slot_stride = 0;
   bool fetch_ahead = false;  // 256 aligned bytes hold rows of one page and head
+  // Slices are copied whole: 16 keys lie in one page. Axes of the maps: a band, slot, bands, head, page.
+  bool whole_slices = false;
+  CUtensorMap k_map{}, v_map{};
   std::uint32_t page_size = 1, num_pages = 0;
   const std::int32_t *seq_lens = nullptr, *block_table = nullptr;
   std::int64_t table_stride = 0;
@@ -46,8 +50,9 @@ struct Params {
   std::int64_t tokens_batch_stride = 0, tokens_head_stride = 0, lengths_batch_stride = 0, lengths_head_stride = 0;
   int num_tokens = 0;
 
-  int num_queries = 1, group = 1, num_kv_heads = 1;  // rows of a KV head: num_queries * group
-  int row_groups = 1, rows_per_tile = 8, row_tiles = 1;
+  int num_queries = 1, group = 1, num_kv_heads = 1;      // rows of a KV head: num_queries * group
+  int row_groups = 1, rows_per_tile = 8, row_tiles = 1;  // rows of one KV head
+  int unit_heads = 1;                                    // KV heads of a unit, 1 or 2
 
   // The workspace.
   PlanShape shape;

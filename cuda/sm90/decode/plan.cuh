@@ -8,7 +8,7 @@
 
 namespace heddle::cuda::decode {
 
-inline constexpr int kPlanThreads = 1024;
+inline constexpr int kPlanThreads = 512;
 inline constexpr int kPlanEntries = 2048;  // so many are searched in shared memory
 inline constexpr int kPlanChunks = 4096;
 
@@ -34,7 +34,7 @@ __device__ inline int list_length(const Params& p, std::int64_t entry) {
 __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const __grid_constant__ Params p) {
   __shared__ std::int64_t near_starts[kPlanEntries + 1];
   __shared__ Place places[kPlanChunks + 1];
-  __shared__ std::int64_t warp_sums[32];
+  __shared__ std::int64_t warp_sums[kPlanThreads / 32];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   launch_dependents();
   wait_for_predecessors();
@@ -67,12 +67,14 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const __grid_cons
     }
     if (lane == 31) warp_sums[warp] = sum;
     __syncthreads();
-    std::int64_t before = 0, all = 0;
-    for (int w = 0; w < kPlanThreads / 32; ++w) {
-      if (w < warp) before += warp_sums[w];
-      all += warp_sums[w];
+    std::int64_t before = lane < kPlanThreads / 32 ? warp_sums[lane] : 0;  // sums of the warps up to the lane's
+    for (int lanes = 1; lanes < kPlanThreads / 32; lanes *= 2) {
+      const std::int64_t below = __shfl_up_sync(kFullWarp, before, lanes);
+      if (lane >= lanes) before += below;
     }
-    if (entry < entries) starts[entry] = total + before + sum - length;
+    const std::int64_t all = __shfl_sync(kFullWarp, before, kPlanThreads / 32 - 1);
+    before = __shfl_sync(kFullWarp, before, max(warp - 1, 0));
+    if (entry < entries) starts[entry] = total + (warp == 0 ? 0 : before) + sum - length;
     total += all;
     __syncthreads();
   }
@@ -80,21 +82,20 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const __grid_cons
   __syncthreads();
 
   const Cut cut(p.shape, total);
-  const int chunks = p.shape.chunks();
+  const int per_cta = cut.per_cta, chunks = p.shape.ctas * per_cta;
   for (int c = thread; c <= chunks; c += kPlanThreads) {
     places[c] = place_at(p.shape, starts, cut.start(c), keys_of);
   }
   __syncthreads();
-  const int per_cta = cut.per_cta;
   for (int c = thread; c < chunks; c += kPlanThreads) {
-    Chunk chunk = chunk_at(p.shape, places, c, per_cta);
+    Chunk chunk = chunk_at(places, chunks, c, per_cta);
     const std::int64_t entry = chunk.begin.unit / static_cast<unsigned>(p.shape.units_per_entry);
     if (entry < entries) {
       chunk.kv_len = kv_len_of(p, p.tokens != nullptr ? entry / p.num_kv_heads : entry);
       chunk.keys = keys_of(entry);
     }
     p.chunks[c] = chunk;
-    if (c % per_cta == 0 && c / per_cta < p.shape.ctas) p.own[c / per_cta] = chunk;
+    if (c % per_cta == 0) p.own[c / per_cta] = chunk;
   }
   for (int i = thread; i <= p.shape.ctas; i += kPlanThreads) p.queue[i] = i == p.shape.ctas ? 0 : 1;
 }

@@ -1,10 +1,10 @@
 // The plan of a decode step: which CTA reads which keys. Pure arithmetic, for the device and for tests on the host.
 //
-// A *unit* is what shares keys: a KV head of a request, with up to 64 query rows. Units stand in a line, request by
-// request; each is as long as its visible keys, in granules, plus a fixed overhead. The line is cut into chunks of
-// equal length, in places that are multiples of the granule. A chunk is a run of *items*, an item the part of a unit
-// that lies in it: one split. So every CTA gets the same number of keys, however skewed the batch is, and a unit has at
-// most one split a chunk. Cuts depend on the lengths alone, never on who takes which chunk.
+// A *unit* is what one CTA reads together: a KV head of a request, or two, with up to 64 query rows. Units stand in a
+// line, request by request; each is as long as its visible keys, in granules, plus a fixed overhead. The line is cut
+// into chunks of equal length, in places that are multiples of the granule. A chunk is a run of *items*, an item the
+// part of a unit that lies in it: one split. So every CTA gets the same number of keys, however skewed the batch is,
+// and a unit has at most one split a chunk. Cuts depend on the lengths alone, never on who takes which chunk.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +23,13 @@ inline constexpr int kUnbounded = 1 << 30;
 
 // Chunks of one CTA's queue: the first, three quarters of its share, is the CTA's own; each of the rest, which may be
 // stolen, is half as long as the one before (the last two are equal). So the last ones to start are short, though not
-// shorter than min_chunk; shares below kMinStealChunks * min_chunk are one chunk, since every end of an item costs.
-inline constexpr int kQueueChunks = 8, kMinStealChunks = 12;
+// shorter than min_chunk. Shares below min_share are one chunk: every end of an item costs, and few loads in flight
+// keep multiprocessors about equally fast.
+inline constexpr int kQueueChunks = 8;
 
 // Which keys of a request some of its queries see: `globals` keys from global_first, then those from `first` to the
-// end.
+// end. They begin and end at multiples of the granule, so a few that nobody sees are among them, and 16 consecutive
+// ones from such a multiple on lie in one page, if its size is one too.
 struct VisibleKeys {
   int global_first = 0, globals = 0, first = 0, count = 0;
 
@@ -46,9 +48,10 @@ struct Mask {
   }
   HEDDLE_HD VisibleKeys visible(int kv_len) const {
     const int position = kv_len - num_queries;  // of the first query, which looks back furthest
-    const int from = position - left > 0 ? position - left : 0;
-    const int selected = position - select_left > from ? position - select_left : from;
-    const int end = num_globals < selected ? num_globals : selected;
+    const auto down = [](int key) { return key / kGranuleKeys * kGranuleKeys; };
+    const int from = position - left > 0 ? down(position - left) : 0;
+    const int selected = position - select_left > from ? down(position - select_left) : from;
+    const int end = num_globals < selected ? down(num_globals + kGranuleKeys - 1) : selected;
     VisibleKeys keys;
     keys.global_first = from;
     keys.globals = end > from ? end - from : 0;
@@ -64,6 +67,7 @@ struct PlanShape {
   int units_per_entry = 1;
   int ctas = 1;
   int min_chunk = 1;   // of those that may be stolen, in granules
+  int min_share = 1;   // of a CTA, in granules, to be cut into chunks
   int overhead = 0;    // what starting a unit costs, in granules
   int split_keys = 0;  // > 0: every split of a unit has this many keys, a multiple of a tile
 
@@ -97,24 +101,29 @@ static_assert(sizeof(Chunk) == 32);
 
 // How a line of `total` granules is cut: `ctas` shares, each at least a piece, of `per_cta` chunks each.
 struct Cut {
-  std::int64_t total = 0;
+  std::int64_t total = 0, share = 0;
+  std::uint32_t rest = 0;  // total = share * ctas + rest
   int ctas = 1, per_cta = 1;
 
   HEDDLE_HD Cut(const PlanShape& shape, std::int64_t total_) : total(total_) {
     const std::int64_t pieces = shape.split_keys > 0 ? total : total / kMinPieceGranules;
     ctas = pieces < 1 ? 1 : pieces < shape.ctas ? static_cast<int>(pieces) : shape.ctas;
-    const std::int64_t share = total / ctas;
-    if (share < kMinStealChunks * shape.min_chunk) return;
+    // Mostly 32 bits are enough, and a device divides by them in a fraction of the time.
+    const auto n = static_cast<std::uint32_t>(ctas);
+    share = total >> 32 == 0 ? static_cast<std::uint32_t>(total) / n : total / n;
+    rest = static_cast<std::uint32_t>(total - share * n);
+    if (shape.split_keys > 0 || share < shape.min_share) return;
     per_cta = 2;
     while (per_cta < kQueueChunks && share >> (per_cta + 1) >= shape.min_chunk) ++per_cta;
   }
 
   // Where a chunk begins on the line. Chunks beyond the line are empty.
   HEDDLE_HD std::int64_t start(int chunk) const {
-    const int cta = chunk / per_cta, at = chunk % per_cta;
-    if (cta >= ctas) return total;
-    const std::int64_t before = at == 0 ? 0 : 256 - (128 >> at);  // of the share, in 256ths
-    return total * (256 * cta + before) / (256 * ctas);
+    const auto n = static_cast<std::uint32_t>(per_cta), c = static_cast<std::uint32_t>(chunk);
+    const std::uint32_t cta = c / n, at = c % n;
+    if (cta >= static_cast<std::uint32_t>(ctas)) return total;
+    const std::uint32_t before = 256 * cta + (at == 0 ? 0 : 256 - (128 >> at));  // of the shares, in 256ths
+    return (share * before + rest * before / static_cast<std::uint32_t>(ctas)) / 256;
   }
 };
 
@@ -149,13 +158,13 @@ HEDDLE_HD int last_not_after(const Place* places, int count, std::uint64_t order
   return low;
 }
 
-// Chunk c, from the places where all chunks begin and the end of the line (chunks + 1 of them).
-HEDDLE_HD Chunk chunk_at(const PlanShape& shape, const Place* places, int chunk, int per_cta) {
+// Chunk c, from the places where all `chunks` begin and the end of the line.
+HEDDLE_HD Chunk chunk_at(const Place* places, int chunks, int chunk, int per_cta) {
   Chunk c;
   c.begin = places[chunk];
   c.end = places[chunk + 1];
   const auto holds = [&](std::uint64_t order) {
-    return static_cast<std::uint16_t>(last_not_after(places, shape.chunks(), order));
+    return static_cast<std::uint16_t>(last_not_after(places, chunks, order));
   };
   c.index = static_cast<std::uint16_t>(chunk);
   c.per_cta = static_cast<std::uint16_t>(per_cta);
