@@ -32,10 +32,14 @@ struct Rows {
   std::byte* row(std::int64_t page, std::int64_t head, std::int64_t slot) const {
     return data + page * page_stride + head * head_stride + slot * slot_stride;
   }
+  // Of a head's groups of slots in a page.
+  const float* scales_of(std::int64_t page, std::int64_t head) const {
+    return scale + page * scale_page_stride + head * scale_head_stride;
+  }
   float scale_of(std::int64_t page, std::int64_t head, std::int64_t slot) const {
     if (scale == nullptr) return 1.0f;
     if (partition == 0) return scale[0];
-    return scale[page * scale_page_stride + head * scale_head_stride + slot / partition * scale_group_stride];
+    return scales_of(page, head)[slot / partition * scale_group_stride];
   }
   const float* mean_of(std::int64_t page, std::int64_t head) const {
     return mean == nullptr ? nullptr : mean + page * mean_page_stride + head * mean_head_stride;

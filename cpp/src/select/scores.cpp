@@ -49,10 +49,12 @@ KeyScores::KeyScores(const Problem& problem)
 }
 
 void KeyScores::set_query(std::int64_t request, std::int64_t query, std::int64_t first, std::int64_t count) {
+  if (request == request_ && query == query_ && first == first_head_ && count == num_heads_) return;
   const auto& tile = host::tile_kernels();
   const Request& r = p_.requests[static_cast<std::size_t>(request)];
   const auto rows = static_cast<std::size_t>(count * padded_group_);
   request_ = request;
+  query_ = query;
   first_head_ = first;
   num_heads_ = count;
   const std::int64_t dim = p_.q.dim, slot = r.q_first + query;

@@ -34,7 +34,7 @@ class KeyScores {
  public:
   explicit KeyScores(const Problem& problem);
 
-  // The rows of (request, query) for the KV heads [first, first + count).
+  // The rows of (request, query) for the KV heads [first, first + count); nothing to do if they are set already.
   void set_query(std::int64_t request, std::int64_t query, std::int64_t first, std::int64_t count);
 
   // Calls fn(KV head, row, block, key) for blocks of up to kStreamRows rows from `row` on of the head's group, and up
@@ -72,7 +72,7 @@ class KeyScores {
   const host::Math math_;
   const bool scattered_;
   float factor_ = 1.0f;
-  std::int64_t request_ = 0, first_head_ = 0, num_heads_ = 0;
+  std::int64_t request_ = 0, query_ = 0, first_head_ = 0, num_heads_ = 0;  // no heads: none set
   std::vector<std::byte> queries_;  // [heads][padded group][stride]
   std::vector<float> factors_, biases_, row_;
   std::vector<std::int8_t> quantized_;
