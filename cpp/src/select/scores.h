@@ -73,7 +73,7 @@ class KeyScores {
   const bool scattered_;
   float factor_ = 1.0f;
   std::int64_t request_ = 0, query_ = 0, first_head_ = 0, num_heads_ = 0;  // no heads: none set
-  std::vector<std::byte> queries_;  // [heads][padded group][stride]
+  std::vector<std::byte> queries_;                                         // [heads][padded group][stride]
   std::vector<float> factors_, biases_, row_;
   std::vector<std::int8_t> quantized_;
   std::vector<std::int32_t> row_sums_;
