@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <span>
 #include <vector>
 
@@ -35,6 +36,15 @@ struct Rows {
   // Of a head's groups of slots in a page.
   const float* scales_of(std::int64_t page, std::int64_t head) const {
     return scale + page * scale_page_stride + head * scale_head_stride;
+  }
+  // Of the slots [slot, slot + count), one a slot.
+  void copy_scales(std::int64_t page, std::int64_t head, std::int64_t slot, std::int64_t count, float* out) const {
+    const float* scales = scales_of(page, head);
+    if (partition == 1 && scale_group_stride == 1) {
+      std::memcpy(out, scales + slot, static_cast<std::size_t>(count) * sizeof(float));
+    } else {
+      for (std::int64_t i = 0; i < count; ++i) out[i] = scales[(slot + i) / partition * scale_group_stride];
+    }
   }
   float scale_of(std::int64_t page, std::int64_t head, std::int64_t slot) const {
     if (scale == nullptr) return 1.0f;

@@ -537,17 +537,11 @@ void Attention::gather(const Unit& unit, std::int64_t begin, std::int64_t end, s
 // The scales of gathered keys [first, first + count) of some heads, [head][kStreamKeys].
 void Attention::copy_scales(const Rows& rows, std::int64_t head, std::int64_t heads, std::span<const KeyRun> runs,
                             std::int64_t first, std::int64_t count, float* out) const {
-  const bool joined = rows.partition == 1 && rows.scale_group_stride == 1;
   for (const KeyRun& run : runs_of(runs, first, count)) {
     const std::int64_t begin = std::max(run.first, first), end = std::min(run.first + run.count, first + count);
     for (std::int64_t h = 0; h < heads; ++h) {
-      float* to = out + h * kStreamKeys + begin - first;
-      const std::int64_t slot = run.slot + begin - run.first;
-      if (joined) {
-        std::memcpy(to, rows.scales_of(run.page, head + h) + slot, static_cast<std::size_t>(end - begin) * 4);
-        continue;
-      }
-      for (std::int64_t i = 0; i < end - begin; ++i) to[i] = rows.scale_of(run.page, head + h, slot + i);
+      rows.copy_scales(run.page, head + h, run.slot + begin - run.first, end - begin,
+                       out + h * kStreamKeys + begin - first);
     }
   }
 }

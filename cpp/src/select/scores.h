@@ -60,9 +60,10 @@ class KeyScores {
  private:
   static constexpr int kKeys = 1024;       // whose places are looked up at a time
   static constexpr int kSegmentKeys = 16;  // of a segment, where rows do not follow one another
+  static constexpr int kMaxSegments = host::kStreamKeys / kSegmentKeys + 1;
 
   void locate(std::int64_t first, int keys);
-  int cut(int at, int count);
+  int cut(int at, int count, host::StreamSegment* segments) const;
   void multiply(std::int64_t head, std::int64_t last, std::int64_t row, int at, int keys);
   host::RawScores block(std::int64_t head, std::int64_t nth, std::int64_t row, int at, int keys) const;
   std::int64_t row_of(std::int64_t head, std::int64_t row) const { return head * padded_group_ + row; }
@@ -81,7 +82,6 @@ class KeyScores {
   std::vector<float> key_scale_;        // [heads][kKeys]
   std::vector<float> scores_;           // [heads at once][block rows][kStreamKeys]
   std::vector<bool> boundary_;          // whether a page ends before the key
-  host::StreamSegment segments_[host::kStreamKeys / kSegmentKeys + 1];
 };
 
 // Where key j of a request lies.

@@ -63,7 +63,8 @@ HEDDLE_INLINE F load_some(const std::byte* p, std::int64_t n) {
 // into the second-level cache was better.
 inline constexpr bool kMatrixUnits = HEDDLE_ISA_LEVEL >= 4;
 inline constexpr std::int64_t kBytesAhead = kMatrixUnits ? 4096 : 8192;
-inline constexpr std::int64_t kBeginBytes = 4096;  // of the next segment, while this one is in work
+// Of the next segment, while this one is in work: all of it, into the second level, if it is short.
+inline constexpr std::int64_t kBeginBytes = 4096, kShortBytes = 32768;
 
 inline constexpr int kAheadBlock = 16;  // rows that scores fetch at a time, if they are so short
 
@@ -176,12 +177,12 @@ struct Run {
   int first = 0, last = 0;      // keys
   Ahead* ahead = nullptr;       // null where other rows have read the same keys before
 
-  Run(const std::byte* const* rows, std::int64_t row_bytes, int count)
-      : rows(rows),
-        row_bytes(row_bytes),
-        count(count),
-        ahead_keys(keys_ahead(row_bytes) >= kAheadBlock ? kAheadBlock : 4),
-        value_keys(block_keys(row_bytes)) {}
+  Run(const std::byte* const* all, std::int64_t bytes, int keys)
+      : rows(all),
+        row_bytes(bytes),
+        count(keys),
+        ahead_keys(keys_ahead(bytes) >= kAheadBlock ? kAheadBlock : 4),
+        value_keys(block_keys(bytes)) {}
 
   HEDDLE_INLINE const std::byte* row(int key) const { return rows[key] + offset; }
   // Lines to fetch while n rows from `key` on are in work.
@@ -661,11 +662,17 @@ HEDDLE_INLINE void visit(const StreamStep& step, int num_heads, Run run, std::in
     const std::byte* next = s + 1 < step.num_segments ? run.rows[step.segments[s + 1].first] : after;
     run.first = segment.first;
     run.last = segment.first + segment.count;
+    const std::int64_t bytes = segment.count * run.row_bytes * num_heads;
+    const bool is_short = !kMatrixUnits && bytes <= kShortBytes;
+    const std::int64_t begin = is_short ? bytes : kBeginBytes;
     for (int h = 0; h < num_heads; ++h) {
       // The processor needs a while to follow a new place in memory: the next segment is begun meanwhile.
-      for (std::int64_t b = kBeginBytes * h / num_heads; next != nullptr && b < kBeginBytes * (h + 1) / num_heads;
-           b += 64) {
-        fetch_line(next + b);
+      for (std::int64_t b = begin * h / num_heads; next != nullptr && b < begin * (h + 1) / num_heads; b += 64) {
+        if (is_short) {
+          __builtin_prefetch(next + b, 0, 2);
+        } else {
+          fetch_line(next + b);
+        }
       }
       run.offset = h * head_stride;
       body(run, h);
