@@ -195,7 +195,7 @@ class Attention {
                  const PackGroup* group, Scratch& s) const;
   void run_stream(std::span<const Unit> units, std::int64_t k0, std::int64_t k1, Scratch& s) const;
   Scratch rows_from(const Scratch& s, std::int64_t row) const;
-  void write_row(const Unit& unit, std::int64_t row, float* o, float m, float l) const;
+  void write_row(const Unit& unit, std::int64_t row, float* o, float m, float l, float factor = 1.0f) const;
   void merge_rows(const Partials& partials, std::int64_t row, float* o) const;
 
   // Tiles and masks, whether the unit reads all keys or a list.
@@ -507,6 +507,15 @@ std::uint64_t Attention::bits_of(const Unit& unit, const Visibility& seen, std::
 // Where keys [begin, end) of the unit lie, into the scratch's arrays from `at` on. Appends runs of consecutive slots.
 void Attention::gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s,
                        std::vector<KeyRun>* runs) const {
+  if (unit.listed && p_.k.partition == 0 && p_.v.partition == 0) {  // nothing is asked of runs of single keys
+    const std::byte *keys = p_.k.row(0, unit.kv_head, 0), *values = p_.v.row(0, unit.kv_head, 0);
+    for (; begin < end; ++begin, ++at) {
+      const Place place = this->place(unit, begin);
+      s.key_rows[at] = keys + place.page * p_.k.page_stride + place.slot * p_.k.slot_stride;
+      s.value_rows[at] = values + place.page * p_.v.page_stride + place.slot * p_.v.slot_stride;
+    }
+    return;
+  }
   while (begin < end) {
     const Place place = this->place(unit, begin);
     std::int64_t count = end - begin;
@@ -684,6 +693,10 @@ void Attention::finish_rows(const Unit& unit, std::int64_t row, std::int64_t row
   const float* mean = unit.keys > 0 ? p_.v.mean_of(first.page, unit.kv_head) : nullptr;
   for (std::int64_t r = 0; r < rows; ++r) {
     float* o = s.o + r * columns_;
+    if (partials == nullptr && mean == nullptr) {
+      write_row(unit, row + r, o, s.m[r], s.l[r], value_factor_);
+      continue;
+    }
     if (value_factor_ != 1.0f || mean != nullptr) {
       for (std::int64_t c = 0; c < p_.v.dim; ++c) {
         o[c] = o[c] * value_factor_ + (mean == nullptr || s.l[r] == 0.0f ? 0.0f : s.l[r] * mean[c]);
@@ -880,17 +893,17 @@ void Attention::run_stream(std::span<const Unit> units, std::int64_t k0, std::in
   }
 }
 
-// out = o / l and lse = m + log l, the sink's share included.
-void Attention::write_row(const Unit& unit, std::int64_t row, float* o, float m, float l) const {
+// out = factor o / l and lse = m + log l, the sink's share included.
+void Attention::write_row(const Unit& unit, std::int64_t row, float* o, float m, float l, float factor) const {
   const Request& request = p_.requests[unit.request];
   const std::int64_t head = unit.head_of(row), slot = request.q_first + unit.query_of(row);
-  float factor = 1.0f;
   if (p_.sinks != nullptr) {
     const float sink = p_.sinks[head] * kLog2e;
     const float top = std::max(m, sink);
     if (top > -kInfinity) {
-      factor = std::exp2(m - top);
-      l = l * factor + std::exp2(sink - top);
+      const float share = std::exp2(m - top);
+      factor *= share;
+      l = l * share + std::exp2(sink - top);
       m = top;
     }
   }

@@ -56,6 +56,7 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
                          std::int64_t bits_row, const SoftmaxRow& row) {
   constexpr int kVectors = kTileKeys / kWidth;
   F top[4] = {negative_infinity(), negative_infinity(), negative_infinity(), negative_infinity()};
+  I top_int = set1_int(INT32_MIN);  // whole numbers are compared as they are
   bool is_int = kIntScores;
   float factor = row.factor, bias = row.bias;
   for (int t = 0; t < step.tiles; ++t) {
@@ -80,6 +81,11 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
       is_int = false;
     }
     const std::uint64_t* bits = step.bits[t];
+    if (kIntScores && is_int && bits == nullptr) {
+      HEDDLE_UNROLL
+      for (int n = 0; n < kVectors; ++n) top_int = max(load_int(s + n * kWidth), top_int);
+      continue;
+    }
     HEDDLE_UNROLL
     for (int n = 0; n < kVectors; ++n) {
       F x = kIntScores && is_int ? load_scores<kIntScores>(s + n * kWidth) : load(s + n * kWidth);
@@ -87,7 +93,12 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
       top[n % 4] = max(x, top[n % 4]);
     }
   }
-  const float highest = reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
+  F tops = max(max(top[0], top[1]), max(top[2], top[3]));
+  if constexpr (kIntScores) {  // beyond every score: none was compared
+    const I any = top_int != set1_int(INT32_MIN);
+    tops = max(as_float((any & as_int(to_float(top_int))) | (~any & as_int(negative_infinity()))), tops);
+  }
+  const float highest = reduce_max(tops);
   const float candidate = highest == -__builtin_inff() ? highest : __builtin_fmaf(highest, factor, bias);
   const float m_old = *row.m;
   const float m = candidate > m_old ? candidate : m_old;

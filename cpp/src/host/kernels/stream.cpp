@@ -171,11 +171,11 @@ inline int block_keys(std::int64_t row_bytes) {
 struct Run {
   const std::byte* const* rows;  // of the first head
   std::int64_t row_bytes;
-  int count;                    // keys of the step
-  int ahead_keys, value_keys;   // that scores and values take at a time
-  std::int64_t offset = 0;      // of this head
-  int first = 0, last = 0;      // keys
-  Ahead* ahead = nullptr;       // null where other rows have read the same keys before
+  int count;                   // keys of the step
+  int ahead_keys, value_keys;  // that scores and values take at a time
+  std::int64_t offset = 0;     // of this head
+  int first = 0, last = 0;     // keys
+  Ahead* ahead = nullptr;      // null where other rows have read the same keys before
 
   Run(const std::byte* const* all, std::int64_t bytes, int keys)
       : rows(all),
@@ -318,8 +318,8 @@ void bf16_scores(const Run& run, std::int64_t dim, const std::uint16_t* queries,
 }
 
 // Whole-number scores on VPDPBUSD: keys biased by 128, undone by the queries' sums. Below 2^24, so exact as floats too.
-// Four keys lie side by side by words of 4 elements, so that there is one accumulator a row: a word of a query, repeated
-// within its 16 bytes, meets the same word of four keys.
+// Four keys lie side by side by words of 4 elements, so that there is one accumulator a row: a word of a query,
+// repeated within its 16 bytes, meets the same word of four keys.
 template <int R, bool kWhole>
 void int8_scores(const Run& run, std::int64_t dim, const std::int8_t* queries, std::int64_t query_stride,
                  const std::int32_t* row_sums, float* scores) {
@@ -454,7 +454,8 @@ HEDDLE_INLINE void update(float* o, std::int64_t c, std::int64_t columns, float 
 // [64 columns][R][64], interleaved as the pairs are, until the step ends; those of whole numbers stay below
 // 32767 * 127 * 256 < 2^31.
 template <Math pv, int R, bool kWhole>
-__attribute__((noinline)) void add_paired_values(const Run& run, const StreamTile& tile, std::int64_t row, std::int64_t dim) {
+__attribute__((noinline)) void add_paired_values(const Run& run, const StreamTile& tile, std::int64_t row,
+                                                 std::int64_t dim) {
   static_assert(kStreamKeys <= 256);
   constexpr bool kInt8 = pv == Math::kInt8;
   constexpr int kBytes = kInt8 ? 1 : 2;
@@ -684,11 +685,11 @@ HEDDLE_INLINE void visit_keys(const StreamTile* heads, int num_heads, const Stre
                               Ahead& ahead) {
   const Run keys(step.keys, step.dim * static_cast<std::int64_t>(size_of(step.key_dtype)), step.count);
   visit(step, num_heads, keys, step.key_head_stride, after, [&](Run& run, int h) {
-          for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
-            run.ahead = row == 0 ? &ahead : nullptr;
-            scores_of<r>(run, heads[h], step, row);
-          });
-        });
+    for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
+      run.ahead = row == 0 ? &ahead : nullptr;
+      scores_of<r>(run, heads[h], step, row);
+    });
+  });
 }
 
 void stream_scores(const StreamTile* heads, int num_heads, const StreamStep& step) {
