@@ -214,7 +214,9 @@ inline bool pack_values(const RowSource& source, Math math, void* out) {
   alignas(64) float scratch[kMaxDim];
   alignas(64) std::uint32_t pair[2][kMaxDim + 16];
   std::uint32_t nonfinite = 0;
-  const bool as_stored = source.dtype == DType::kBFloat16 && math == Math::kBFloat16 && source.dim == columns;
+  // Rows of 16-bit words stay where they lie, and so do those of int8, which are widened as they are read.
+  const bool int8 = HEDDLE_ISA_LEVEL >= 3 && source.dtype == DType::kInt8;
+  const bool as_stored = (source.dtype == DType::kBFloat16 || int8) && math == Math::kBFloat16 && source.dim == columns;
   for (int w = 0; w < kTileKeys / per_word; ++w) {
     const std::byte* rows[2];
     for (int e = 0; e < per_word; ++e) {
@@ -233,6 +235,22 @@ inline bool pack_values(const RowSource& source, Math math, void* out) {
     } else {
       // Interleave two keys: the even one in the lower half of each word.
       std::uint32_t* both = reinterpret_cast<std::uint32_t*>(scratch);
+#if HEDDLE_ISA_LEVEL >= 3
+      const __m512i exponents = _mm512_set1_epi16(0x7f80);
+      const auto half = [&](int e, std::int64_t c) {
+        if (!as_stored || !int8 || w * 2 + e >= source.count) {
+          return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[e] + 2 * c)));
+        }
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[e] + c));
+        const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));  // exact in bf16: its upper half
+        return _mm512_srli_epi32((__m512i)wide, 16);
+      };
+      for (std::int64_t c = 0; c < columns; c += 16) {
+        const __m512i words = _mm512_or_si512(half(0, c), _mm512_slli_epi32(half(1, c), 16));
+        nonfinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(words, exponents), exponents) != 0;
+        _mm512_store_si512(both + c, words);
+      }
+#else
       for (std::int64_t c = 0; c < columns; ++c) {
         std::uint16_t even, odd;
         std::memcpy(&even, rows[0] + 2 * c, 2);
@@ -240,6 +258,7 @@ inline bool pack_values(const RowSource& source, Math math, void* out) {
         both[c] = static_cast<std::uint32_t>(even) | static_cast<std::uint32_t>(odd) << 16;
         nonfinite |= ((both[c] & 0x7f80u) == 0x7f80u) | ((both[c] & 0x7f800000u) == 0x7f800000u);
       }
+#endif
     }
     const std::uint32_t* from = math == Math::kFloat32 ? pair[0] : reinterpret_cast<const std::uint32_t*>(scratch);
     std::uint32_t* to = static_cast<std::uint32_t*>(out);
