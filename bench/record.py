@@ -47,10 +47,12 @@ def describe(command: Sequence[str]) -> dict[str, Any]:
 
 
 def write(record: dict[str, Any], program: str, into: Path) -> Path:
-    """Writes into/<program>-<instruction set>-<day>-<revision>.json and returns its path."""
+    """Writes into/<program>-<instruction set or GPU>-<day>-<revision>.json and returns its path."""
     revision = record["revision"]
     source = "unknown" if revision is None else revision["commit"][:12] + "-dirty" * revision["dirty"]
-    path = into / f"{program}-{record['device']['isa']}-{record['date'][:10]}-{source}.json"
+    device = record["device"]
+    where = device["gpu"].split()[1].lower() if "gpu" in device else device["isa"]  # "NVIDIA H100 80GB HBM3": h100
+    path = into / f"{program}-{where}-{record['date'][:10]}-{source}.json"
     into.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
@@ -102,7 +104,8 @@ def _is_current() -> bool | None:
 
 
 def _revision() -> dict[str, Any] | None:
-    """The commit, and whether the tree had changes of its own (records aside); None outside a checkout."""
+    """The commit, and whether the tree had changes of its own (records aside). Outside a checkout, as where a build was
+    only brought to, HEDDLE_REVISION names it (with "-dirty" behind it if so); else None."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -112,7 +115,8 @@ def _revision() -> dict[str, Any] | None:
         changes = git("status", "--porcelain", "--", ".", ":!bench/results")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.SubprocessError):
-        return None
+        named = os.environ.get("HEDDLE_REVISION")
+        return {"commit": named.removesuffix("-dirty"), "dirty": named.endswith("-dirty")} if named else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

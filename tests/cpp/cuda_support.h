@@ -134,6 +134,7 @@ class DeviceArena {
 inline KVCache device_copy(const KVCache& cache, DeviceArena& arena) {
   CacheConfig config = cache.config();
   config.device = arena.device();
+  config.page_bounds = arena.device().type == DeviceType::kCpu && config.page_bounds;  // kept on the CPU alone
   return KVCache(config, {.k = arena.put(cache.k()),
                           .v = arena.put(cache.v()),
                           .k_scale = arena.put(cache.k_scale()),

@@ -105,6 +105,11 @@ DType probability_dtype(const Case& c) {
   return c.q == DType::kFloat16 ? DType::kFloat16 : DType::kFloat32;
 }
 
+// Of errors that a call with good arguments may meet: what the backend lacks, by feature or by alignment.
+bool is_refusal(const Error& error) {
+  return error.code() == ErrorCode::kUnsupported || error.code() == ErrorCode::kLayout;
+}
+
 enum class Outcome : std::uint8_t { kRight, kRefused, kWrong };
 
 // Runs a case twice, by two schedules. `why` says what is wrong.
@@ -149,8 +154,8 @@ Outcome run_case(const Target& target, const Case& c, DeviceArena& arena, std::s
       call(params, function, output, c.schedule);
       call(params, function, again, other);
     } catch (const Error& error) {
-      // What no feature names: alignment, a head dimension that was not compiled.
-      if (error.code() != ErrorCode::kUnsupported) throw;
+      // What no feature names: alignment, strides, a head dimension that was not compiled.
+      if (!is_refusal(error)) throw;
       return false;
     }
     return true;
@@ -293,7 +298,7 @@ class PlacedCase {
     try {
       enqueue(ScheduleKind::kAuto);
     } catch (const Error& error) {
-      if (error.code() != ErrorCode::kUnsupported) throw;
+      if (!is_refusal(error)) throw;
       return false;
     }
     arena_.wait();
