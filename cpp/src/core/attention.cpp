@@ -10,6 +10,7 @@
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "core/front.h"
+#include "core/integers.h"
 #include "core/readable.h"
 #include "core/sampling.h"
 #include "core/threads.h"
@@ -28,7 +29,6 @@ constexpr std::initializer_list<DType> kElements = {DType::kFloat32, DType::kFlo
 
 bool is_quantized(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kFloat8E4M3; }
 bool on_cpu(const Problem& problem) { return problem.device.type == DeviceType::kCpu; }
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 void check_data(std::string_view argument, const TensorView& view, int rank, std::initializer_list<DType> dtypes,
                 Device device, std::string_view owner) {

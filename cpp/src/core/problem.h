@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <span>
 #include <vector>
 
@@ -32,10 +33,23 @@ struct Rows {
   std::byte* row(std::int64_t page, std::int64_t head, std::int64_t slot) const {
     return data + page * page_stride + head * head_stride + slot * slot_stride;
   }
+  // Of a head's groups of slots in a page.
+  const float* scales_of(std::int64_t page, std::int64_t head) const {
+    return scale + page * scale_page_stride + head * scale_head_stride;
+  }
+  // Of the slots [slot, slot + count), one a slot.
+  void copy_scales(std::int64_t page, std::int64_t head, std::int64_t slot, std::int64_t count, float* out) const {
+    const float* scales = scales_of(page, head);
+    if (partition == 1 && scale_group_stride == 1) {
+      std::memcpy(out, scales + slot, static_cast<std::size_t>(count) * sizeof(float));
+    } else {
+      for (std::int64_t i = 0; i < count; ++i) out[i] = scales[(slot + i) / partition * scale_group_stride];
+    }
+  }
   float scale_of(std::int64_t page, std::int64_t head, std::int64_t slot) const {
     if (scale == nullptr) return 1.0f;
     if (partition == 0) return scale[0];
-    return scale[page * scale_page_stride + head * scale_head_stride + slot / partition * scale_group_stride];
+    return scales_of(page, head)[slot / partition * scale_group_stride];
   }
   const float* mean_of(std::int64_t page, std::int64_t head) const {
     return mean == nullptr ? nullptr : mean + page * mean_page_stride + head * mean_head_stride;

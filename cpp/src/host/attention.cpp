@@ -126,6 +126,12 @@ struct KeyRun {
   std::int64_t first = 0, count = 0, page = 0, slot = 0;
 };
 
+// Those that hold some of the keys gathered to [first, first + count).
+std::span<const KeyRun> runs_of(std::span<const KeyRun> runs, std::int64_t first, std::int64_t count) {
+  const auto begin = std::ranges::upper_bound(runs, first, {}, &KeyRun::first) - 1;
+  return {begin, std::ranges::lower_bound(begin, runs.end(), first + count, {}, &KeyRun::first)};
+}
+
 // Work that one thread does at once: an item of the plan, or the same split of several stream units, whose keys lie
 // side by side.
 struct Item {
@@ -153,6 +159,9 @@ class Attention {
         words_(query_words(problem.q.dim, formats_.qk)),
         key_bytes_(key_tile_bytes(problem.q.dim, formats_.qk)),
         value_bytes_(value_tile_bytes(problem.v.dim, formats_.pv)),
+        page_bits_(std::has_single_bit(static_cast<std::uint64_t>(problem.page_size))
+                       ? std::countr_zero(static_cast<std::uint64_t>(problem.page_size))
+                       : -1),
         factor_(std::fabs(problem.scale) * kLog2e) {
     if (p_.k.scale != nullptr && p_.k.partition == 0) factor_ *= p_.k.scale[0];
     if (p_.v.scale != nullptr && p_.v.partition == 0) value_factor_ = p_.v.scale[0];
@@ -172,8 +181,10 @@ class Attention {
   std::vector<Item> make_items(std::span<const std::int32_t> units) const;
   void gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s,
               std::vector<KeyRun>* runs = nullptr) const;
-  void copy_scales(const Rows& rows, std::int64_t head, std::span<const KeyRun> runs, std::int64_t first,
-                   std::int64_t count, float* out) const;
+  void copy_scales(const Rows& rows, std::int64_t head, std::int64_t heads, std::span<const KeyRun> runs,
+                   std::int64_t first, std::int64_t count, float* out) const;
+  void fetch_scales(const Rows& rows, std::int64_t head, std::int64_t heads, std::span<const KeyRun> runs,
+                    std::int64_t first, std::int64_t count) const;
   bool pack_tile(const Unit& unit, std::int64_t tile, const PackedTile& out, Scratch& s) const;
   void run_item(const Item& item, const PackGroup* group, Scratch& s) const;
   void finish_rows(const Unit& unit, std::int64_t row, std::int64_t rows, std::int64_t split, const Partials* partials,
@@ -184,7 +195,7 @@ class Attention {
                  const PackGroup* group, Scratch& s) const;
   void run_stream(std::span<const Unit> units, std::int64_t k0, std::int64_t k1, Scratch& s) const;
   Scratch rows_from(const Scratch& s, std::int64_t row) const;
-  void write_row(const Unit& unit, std::int64_t row, float* o, float m, float l) const;
+  void write_row(const Unit& unit, std::int64_t row, float* o, float m, float l, float factor = 1.0f) const;
   void merge_rows(const Partials& partials, std::int64_t row, float* o) const;
 
   // Tiles and masks, whether the unit reads all keys or a list.
@@ -200,7 +211,8 @@ class Attention {
     const Request& r = p_.requests[unit.request];
     if (unit.listed) key = unit.list[static_cast<std::size_t>(key)];
     if (p_.page_size == 0) return {r.k_page, r.k_first + key};
-    return {r.pages[key / p_.page_size], key % p_.page_size};
+    if (page_bits_ < 0) return {r.pages[key / p_.page_size], key % p_.page_size};
+    return {r.pages[key >> page_bits_], key & (p_.page_size - 1)};  // a list looks up every key: divisions take long
   }
   const std::byte* q_row(const Unit& unit, std::int64_t row) const {
     const Request& r = p_.requests[unit.request];
@@ -218,6 +230,7 @@ class Attention {
   const Plan plan_;
   const std::int64_t columns_, words_;
   const std::size_t key_bytes_, value_bytes_;
+  const int page_bits_;  // of slots, if pages are a power of two
   float factor_;
   float value_factor_ = 1.0f;
 };
@@ -494,6 +507,15 @@ std::uint64_t Attention::bits_of(const Unit& unit, const Visibility& seen, std::
 // Where keys [begin, end) of the unit lie, into the scratch's arrays from `at` on. Appends runs of consecutive slots.
 void Attention::gather(const Unit& unit, std::int64_t begin, std::int64_t end, std::int64_t at, Scratch& s,
                        std::vector<KeyRun>* runs) const {
+  if (unit.listed && p_.k.partition == 0 && p_.v.partition == 0) {  // nothing is asked of runs of single keys
+    const std::byte *keys = p_.k.row(0, unit.kv_head, 0), *values = p_.v.row(0, unit.kv_head, 0);
+    for (; begin < end; ++begin, ++at) {
+      const Place place = this->place(unit, begin);
+      s.key_rows[at] = keys + place.page * p_.k.page_stride + place.slot * p_.k.slot_stride;
+      s.value_rows[at] = values + place.page * p_.v.page_stride + place.slot * p_.v.slot_stride;
+    }
+    return;
+  }
   while (begin < end) {
     const Place place = this->place(unit, begin);
     std::int64_t count = end - begin;
@@ -521,17 +543,28 @@ void Attention::gather(const Unit& unit, std::int64_t begin, std::int64_t end, s
   }
 }
 
-// The scales of gathered keys [first, first + count).
-void Attention::copy_scales(const Rows& rows, std::int64_t head, std::span<const KeyRun> runs, std::int64_t first,
-                            std::int64_t count, float* out) const {
-  for (const KeyRun& run : runs) {
+// The scales of gathered keys [first, first + count) of some heads, [head][kStreamKeys].
+void Attention::copy_scales(const Rows& rows, std::int64_t head, std::int64_t heads, std::span<const KeyRun> runs,
+                            std::int64_t first, std::int64_t count, float* out) const {
+  for (const KeyRun& run : runs_of(runs, first, count)) {
     const std::int64_t begin = std::max(run.first, first), end = std::min(run.first + run.count, first + count);
-    if (begin < end && rows.partition == 1 && rows.scale_group_stride == 1) {
-      const float* scales = rows.scale + run.page * rows.scale_page_stride + head * rows.scale_head_stride;
-      for (std::int64_t i = begin; i < end; ++i) out[i - first] = scales[run.slot + i - run.first];
-      continue;
+    for (std::int64_t h = 0; h < heads; ++h) {
+      rows.copy_scales(run.page, head + h, run.slot + begin - run.first, end - begin,
+                       out + h * kStreamKeys + begin - first);
     }
-    for (std::int64_t i = begin; i < end; ++i) out[i - first] = rows.scale_of(run.page, head, run.slot + i - run.first);
+  }
+}
+
+// Begins to fetch them: they lie apart from the rows, a few bytes of each page.
+void Attention::fetch_scales(const Rows& rows, std::int64_t head, std::int64_t heads, std::span<const KeyRun> runs,
+                             std::int64_t first, std::int64_t count) const {
+  if (rows.partition != 1 || rows.scale_group_stride != 1) return;
+  for (const KeyRun& run : runs_of(runs, first, count)) {
+    const std::int64_t begin = std::max(run.first, first), end = std::min(run.first + run.count, first + count);
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const float* scales = rows.scales_of(run.page, head + h) + run.slot - run.first;
+      for (std::int64_t i = begin; i < end; i += 16) __builtin_prefetch(scales + i);
+    }
   }
 }
 
@@ -541,8 +574,8 @@ bool Attention::pack_tile(const Unit& unit, std::int64_t tile, const PackedTile&
   thread_local std::vector<KeyRun> runs;
   runs.clear();
   gather(unit, begin, begin + count, 0, s, &runs);
-  if (out.key_scale != nullptr) copy_scales(p_.k, unit.kv_head, runs, 0, count, out.key_scale);
-  if (p_.v.partition > 0) copy_scales(p_.v, unit.kv_head, runs, 0, count, s.value_scale);
+  if (out.key_scale != nullptr) copy_scales(p_.k, unit.kv_head, 1, runs, 0, count, out.key_scale);
+  if (p_.v.partition > 0) copy_scales(p_.v, unit.kv_head, 1, runs, 0, count, s.value_scale);
   tile_.pack_keys({s.key_rows, count, p_.k.dim, p_.k.dtype, nullptr}, formats_.qk, out.keys);
   return tile_.pack_values({s.value_rows, count, p_.v.dim, p_.v.dtype, p_.v.partition > 0 ? s.value_scale : nullptr},
                            formats_.pv, out.values);
@@ -660,6 +693,10 @@ void Attention::finish_rows(const Unit& unit, std::int64_t row, std::int64_t row
   const float* mean = unit.keys > 0 ? p_.v.mean_of(first.page, unit.kv_head) : nullptr;
   for (std::int64_t r = 0; r < rows; ++r) {
     float* o = s.o + r * columns_;
+    if (partials == nullptr && mean == nullptr) {
+      write_row(unit, row + r, o, s.m[r], s.l[r], value_factor_);
+      continue;
+    }
     if (value_factor_ != 1.0f || mean != nullptr) {
       for (std::int64_t c = 0; c < p_.v.dim; ++c) {
         o[c] = o[c] * value_factor_ + (mean == nullptr || s.l[r] == 0.0f ? 0.0f : s.l[r] * mean[c]);
@@ -733,6 +770,7 @@ void Attention::run_stream(std::span<const Unit> units, std::int64_t k0, std::in
   const Visibility seen(p_, unit.request, unit.q_head);
   tiles_of(unit, seen, unit.query, unit.query + unit.queries, k0, k1, tiles);
   const std::int64_t rows = unit.rows();
+  const auto heads_at_once = static_cast<std::int64_t>(units.size());
 
   StreamTile heads[kStreamHeads];
   for (std::size_t i = 0; i < units.size(); ++i) {
@@ -810,10 +848,11 @@ void Attention::run_stream(std::span<const Unit> units, std::int64_t k0, std::in
       step.num_segments = step_cut.count;
       step.next = first + step.count < gathered ? (&step_cut)[1].segments[0].count : 0;
       step.bits = bits;
-      for (std::size_t i = 0; i < units.size(); ++i) {
-        const auto at = static_cast<std::int64_t>(i) * kStreamKeys;
-        if (p_.k.partition > 0) copy_scales(p_.k, units[i].kv_head, runs, first, step.count, s.key_scale + at);
-        if (p_.v.partition > 0) copy_scales(p_.v, units[i].kv_head, runs, first, step.count, s.value_scale + at);
+      for (const auto& [stored, scales] : {std::pair(&p_.k, s.key_scale), std::pair(&p_.v, s.value_scale)}) {
+        if (stored->partition == 0) continue;
+        copy_scales(*stored, unit.kv_head, heads_at_once, runs, first, step.count, scales);
+        const std::int64_t next = first + step.count;
+        if (next < gathered) fetch_scales(*stored, unit.kv_head, heads_at_once, runs, next, keys_of(next));
       }
       step.key_scale = p_.k.partition > 0 ? s.key_scale : nullptr;
       step.value_scale = p_.v.partition > 0 ? s.value_scale : nullptr;
@@ -854,17 +893,17 @@ void Attention::run_stream(std::span<const Unit> units, std::int64_t k0, std::in
   }
 }
 
-// out = o / l and lse = m + log l, the sink's share included.
-void Attention::write_row(const Unit& unit, std::int64_t row, float* o, float m, float l) const {
+// out = factor o / l and lse = m + log l, the sink's share included.
+void Attention::write_row(const Unit& unit, std::int64_t row, float* o, float m, float l, float factor) const {
   const Request& request = p_.requests[unit.request];
   const std::int64_t head = unit.head_of(row), slot = request.q_first + unit.query_of(row);
-  float factor = 1.0f;
   if (p_.sinks != nullptr) {
     const float sink = p_.sinks[head] * kLog2e;
     const float top = std::max(m, sink);
     if (top > -kInfinity) {
-      factor = std::exp2(m - top);
-      l = l * factor + std::exp2(sink - top);
+      const float share = std::exp2(m - top);
+      factor *= share;
+      l = l * share + std::exp2(sink - top);
       m = top;
     }
   }

@@ -63,6 +63,12 @@ struct UnitState {
   TileMass* row_mass(std::int64_t row) { return mass.data() + row * tiles; }
 };
 
+// A tile into which the targets [first, last) fall; `before`: what lies before it.
+struct Opening {
+  std::size_t tile, first, last;
+  double before;
+};
+
 // What a thread keeps between items.
 struct Scratch {
   std::vector<Tile> tiles;
@@ -75,6 +81,7 @@ struct Scratch {
   std::vector<float> tops, order;
   std::vector<ValueTerm> terms, merged;
   std::vector<std::size_t> runs;
+  std::vector<Opening> openings;
   std::vector<const std::byte*> values;
   std::vector<float> out;
 };
@@ -472,13 +479,7 @@ void SampledDecode::locate(const Unit& unit, int heads, std::int64_t tile, std::
     for (std::int64_t i = 0; i < run; ++i) keys[lane + i] = key + i * p_.k.slot_stride;
     for (int h = 0; p_.k.partition > 0 && h < heads; ++h) {
       float* scale = s.key_scale.data() + h * kGatherTiles * kTileKeys + at + lane;
-      const std::int64_t head = unit.kv_head + h;
-      if (p_.k.partition == 1) {
-        const float* own = p_.k.scale + place.page * p_.k.scale_page_stride + head * p_.k.scale_head_stride;
-        for (std::int64_t i = 0; i < run; ++i) scale[i] = own[(place.slot + i) * p_.k.scale_group_stride];
-      } else {
-        for (std::int64_t i = 0; i < run; ++i) scale[i] = p_.k.scale_of(place.page, head, place.slot + i);
-      }
+      p_.k.copy_scales(place.page, unit.kv_head + h, place.slot, run, scale);
     }
   });
   if (bits == ~std::uint64_t{0}) return;
@@ -681,6 +682,7 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
       s.targets[static_cast<std::size_t>(i)] = f * sampled;
     }
     if (s_.method == SamplingMethod::kIid) std::sort(s.targets.begin(), s.targets.end());
+    s.openings.clear();
     std::size_t last_tile = tiles - 1;
     while (s.share[last_tile] == 0.0) --last_tile;
     double before = 0.0;
@@ -690,10 +692,18 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
       std::size_t last = m;
       while (last < s.targets.size() && s.targets[last] <= after) ++last;
       if (last > m && s.share[t] > 0.0) {
-        take(t, before, m, last, sampled * normal / samples);
+        s.openings.push_back({t, m, last, before});
         m = last;
       }
       before = after;
+    }
+    constexpr std::size_t kAhead = 6;  // logits lie where no processor looks ahead
+    for (std::size_t i = 0; i < s.openings.size(); ++i) {
+      for (int line = 0; i + kAhead < s.openings.size() && line < kTileKeys / 16; ++line) {
+        __builtin_prefetch(logits + s.openings[i + kAhead].tile * kTileKeys + line * 16);
+      }
+      const Opening& open = s.openings[i];
+      take(open.tile, open.before, open.first, open.last, sampled * normal / samples);
     }
   }
   const auto at = [&](std::size_t i) { return s.terms.begin() + static_cast<std::ptrdiff_t>(i); };

@@ -33,7 +33,7 @@ struct StreamTile {
   float* l = nullptr;
   // What a step keeps from segment to segment.
   float* scores = nullptr;  // [rows][kStreamKeys]; then probabilities
-  float* sums = nullptr;    // [rows][stream_dim(Dv)]
+  float* sums = nullptr;    // rows * stream_dim(Dv), in an order of the kernels' own
   float* alpha = nullptr;   // what o is multiplied by
   float* weight = nullptr;  // int8 values: what their sum is multiplied by
 };

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/integers.h"
 #include "core/problem.h"
 #include "heddle/select.h"
 #include "select/lists.h"
@@ -20,7 +21,7 @@ class Blocks {
   std::int64_t block() const { return block_; }
   std::int64_t rows(std::int64_t request) const { return ceil_div(p_.requests[at(request)].q_len); }
   std::int64_t columns(std::int64_t request) const { return ceil_div(p_.requests[at(request)].kv_len); }
-  std::int64_t ceil_div(std::int64_t n) const { return (n + block_ - 1) / block_; }
+  std::int64_t ceil_div(std::int64_t n) const { return heddle::ceil_div(n, block_); }
   // Tokens of a block: [first, last).
   std::pair<std::int64_t, std::int64_t> queries(std::int64_t request, std::int64_t row) const;
   std::pair<std::int64_t, std::int64_t> keys(std::int64_t request, std::int64_t column) const;

@@ -25,9 +25,8 @@ namespace {
 using host::kTileKeys;
 using host::Math;
 
-constexpr std::int64_t kQueries = 8;                           // that read a packed tile while it is near
-constexpr std::int64_t kChunk = 1024;                          // keys of an item
-constexpr std::int64_t kBatchFloats = std::int64_t{16} << 20;  // scores that are kept at a time
+constexpr std::int64_t kQueries = 8;   // that read a packed tile while it is near
+constexpr std::int64_t kChunk = 1024;  // keys of an item
 constexpr std::int64_t kMaxDim = 576;
 
 // What products run in: exact for what the operands hold.
@@ -183,37 +182,20 @@ void Indexer::make_jobs() {
 
 Selection Indexer::run() {
   make_jobs();
-  std::int64_t capacity = 0;
-  double kept = 0.0, seen = 0.0;
-  for (const ListJob& job : jobs_) {
-    capacity = std::max(capacity, job.keep);
-    kept += static_cast<double>(job.keep);
-    seen += static_cast<double>(job.seen());
-  }
-  lists_.allocate(capacity);
-  std::size_t first = 0;
-  std::int64_t floats = 0;
-  for (std::size_t n = 0; n < jobs_.size(); ++n) {
-    // Whole tiles: scores start at a multiple of 64 and run over the end. One request at a time if it has many queries.
-    const std::int64_t need = jobs_[n].recent - jobs_[n].middle + 2 * kTileKeys;
-    const auto queries = [&](std::size_t job) {
-      return p_.requests[static_cast<std::size_t>(jobs_[job].request)].q_len;
-    };
-    const bool other =
-        n > first && jobs_[n].request != jobs_[n - 1].request && std::max(queries(n), queries(n - 1)) > kQueries;
-    if (n > first && (other || floats + need > kBatchFloats)) {
-      run_batch(first, n, floats);
-      first = n;
-      floats = 0;
-    }
-    floats += need;
-  }
-  run_batch(first, jobs_.size(), floats);
-  return lists_.selection(seen > 0.0 ? kept / seen : 1.0);
+  lists_.allocate(jobs_);
+  // Whole tiles: scores start at a multiple of 64 and run over the end.
+  const auto floats = [&](std::size_t n) { return jobs_[n].contested() + 2 * kTileKeys; };
+  // One request at a time if it has many queries.
+  const auto queries = [&](std::size_t n) { return p_.requests[static_cast<std::size_t>(jobs_[n].request)].q_len; };
+  const auto ends = [&](std::size_t n) {
+    return jobs_[n].request != jobs_[n - 1].request && std::max(queries(n), queries(n - 1)) > kQueries;
+  };
+  for_batches(jobs_.size(), 1, floats, ends,
+              [&](std::size_t first, std::size_t last, std::int64_t total) { run_batch(first, last, total); });
+  return lists_.selection();
 }
 
 void Indexer::run_batch(std::size_t first, std::size_t last, std::int64_t floats) {
-  if (first == last) return;
   static thread_local host::Workspace workspace;
   float* scores = reinterpret_cast<float*>(workspace.reserve(static_cast<std::size_t>(floats) * 4));
   std::vector<float*> at(last - first);  // where the score of the first tile's first key goes

@@ -17,8 +17,19 @@ TokenLists::TokenLists(const TensorView& q, bool packed, std::int64_t heads)
   rows_ = batch_ * queries_ * heads;
 }
 
-void TokenLists::allocate(std::int64_t capacity) {
+void TokenLists::allocate(std::span<const ListJob> jobs) {
+  std::int64_t capacity = 0;
+  double seen = 0.0;
+  for (const ListJob& job : jobs) {
+    capacity = std::max(capacity, job.keep);
+    seen += static_cast<double>(job.seen());
+  }
+  allocate(capacity, seen);
+}
+
+void TokenLists::allocate(std::int64_t capacity, double seen) {
   capacity_ = capacity;
+  seen_ = seen;
   memory_ = std::make_shared_for_overwrite<std::int32_t[]>(static_cast<std::size_t>(rows_ * (capacity + 1) + 1));
   lengths_ = memory_.get();
   indices_ = lengths_ + rows_;
@@ -50,9 +61,11 @@ bool TokenLists::write(const ListJob& job, const float* metric) const {
   return true;
 }
 
-Selection TokenLists::selection(double density) const {
-  for (std::int64_t row = 0; row < rows_; ++row) {  // queries of no request
-    if (lengths_[row] < 0) set_length(row, 0);
+Selection TokenLists::selection() const {
+  double kept = 0.0;
+  for (std::int64_t row = 0; row < rows_; ++row) {
+    if (lengths_[row] < 0) set_length(row, 0);  // queries of no request
+    kept += static_cast<double>(lengths_[row]);
   }
   TensorView indices, lengths;
   if (!packed_ && per_query_) {
@@ -62,7 +75,7 @@ Selection TokenLists::selection(double density) const {
     indices = TensorView(indices_, DType::kInt32, {batch_, heads_, capacity_});
     lengths = TensorView(lengths_, DType::kInt32, {batch_, heads_});
   }
-  return Selection::tokens(indices, lengths, memory_, packed_).with_density(density);
+  return Selection::tokens(indices, lengths, memory_, packed_).with_density(seen_ > 0.0 ? kept / seen_ : 1.0);
 }
 
 Metric metric_from_string(std::string_view name) {

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -35,18 +36,21 @@ class TokenLists {
   std::int64_t row(const Request& request, std::int64_t b, std::int64_t query, std::int64_t head) const {
     return (packed_ ? request.q_first + query : b * queries_ + query) * heads_ + head;
   }
-  void allocate(std::int64_t capacity);  // all lists empty
+  // All lists empty, with room for the longest of the jobs'.
+  void allocate(std::span<const ListJob> jobs);
+  void allocate(std::int64_t capacity, double seen);  // `seen`: keys that the queries of all lists see
   std::int32_t* list(std::int64_t row) const { return indices_ + row * capacity_; }
   std::int64_t length(std::int64_t row) const { return lengths_[row]; }
   // After its entries are written: the rest becomes -1.
   void set_length(std::int64_t row, std::int64_t length) const;
   // The job's list, given the metric of the keys that compete. False if one of them is NaN.
   bool write(const ListJob& job, const float* metric) const;
-  Selection selection(double density) const;
+  Selection selection() const;
 
  private:
   bool packed_, per_query_;
   std::int64_t rows_ = 0, batch_ = 0, queries_ = 0, heads_ = 0, capacity_ = 0;
+  double seen_ = 0.0;
   std::shared_ptr<std::int32_t[]> memory_;
   std::int32_t *indices_ = nullptr, *lengths_ = nullptr;
 };
@@ -63,6 +67,26 @@ void check_token_norm(Norm norm);  // one that a token has by itself
 
 // What selectors do not run: tensors of other devices, a call that has a selection already.
 void check_call(const Problem& problem);
+
+inline constexpr std::int64_t kBatchFloats = std::int64_t{16} << 20;  // metrics that are kept at a time
+
+// Calls run(first, last, floats) for batches of consecutive jobs, `together` of them indivisible, whose floats(job)
+// fit in kBatchFloats (or a single one's do not). A batch also ends before a job of which ends(job) is true.
+template <class Floats, class Ends, class Run>
+void for_batches(std::size_t jobs, std::size_t together, Floats&& floats, Ends&& ends, Run&& run) {
+  std::size_t first = 0;
+  std::int64_t total = 0;
+  for (std::size_t n = 0; n < jobs; n += together) {
+    const std::int64_t need = floats(n) * static_cast<std::int64_t>(together);
+    if (n > first && (ends(n) || total + need > kBatchFloats)) {
+      run(first, n, total);
+      first = n;
+      total = 0;
+    }
+    total += need;
+  }
+  if (first < jobs) run(first, jobs, total);
+}
 
 inline constexpr auto stateless = [] { return 0; };
 

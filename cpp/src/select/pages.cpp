@@ -8,6 +8,7 @@
 
 #include "core/check.h"
 #include "core/front.h"
+#include "core/integers.h"
 #include "host/tile_kernels.h"
 #include "host/workspace.h"
 #include "select/lists.h"
@@ -19,8 +20,6 @@ namespace heddle::select {
 namespace {
 
 constexpr std::int64_t kFar = std::int64_t{1} << 40;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Bounds of every page of every request and KV head: the cache's, where they stand for just what the request holds of
 // the page, and computed otherwise.
@@ -289,14 +288,13 @@ Selection Pages::run() {
     seen += static_cast<double>(job.last - job.first);
     work += static_cast<double>(2 * job.contested() * p_.group() * p_.q.dim);
   }
-  lists_.allocate(capacity);
+  lists_.allocate(capacity, seen);
   std::vector<std::uint8_t> bad(jobs_.size(), 0);
   for_items(
       static_cast<std::int64_t>(jobs_.size()), work, [&] { return scratch(); },
       [&](Scratch& s, std::int64_t n) {
         bad[static_cast<std::size_t>(n)] = run_job(jobs_[static_cast<std::size_t>(n)], s) ? 0 : 1;
       });
-  double kept = 0.0;
   for (std::size_t n = 0; n < jobs_.size(); ++n) {
     const Job& job = jobs_[n];
     if (bad[n] != 0) {
@@ -305,9 +303,8 @@ Selection Pages::run() {
                   check::text("a page's bound is NaN for request ", job.request, ", query ", job.query, ", KV head ",
                               job.kv_head, "; allowed are bounds that can be ranked"));
     }
-    kept += static_cast<double>(lists_.length(job.row));
   }
-  return lists_.selection(seen > 0.0 ? kept / seen : 1.0);
+  return lists_.selection();
 }
 
 void check_options(const Problem& problem, const PagesOptions& options) {

@@ -49,10 +49,12 @@ KeyScores::KeyScores(const Problem& problem)
 }
 
 void KeyScores::set_query(std::int64_t request, std::int64_t query, std::int64_t first, std::int64_t count) {
+  if (request == request_ && query == query_ && first == first_head_ && count == num_heads_) return;
   const auto& tile = host::tile_kernels();
   const Request& r = p_.requests[static_cast<std::size_t>(request)];
   const auto rows = static_cast<std::size_t>(count * padded_group_);
   request_ = request;
+  query_ = query;
   first_head_ = first;
   num_heads_ = count;
   const std::int64_t dim = p_.q.dim, slot = r.q_first + query;
@@ -102,8 +104,7 @@ void KeyScores::locate(std::int64_t first, int keys) {
     const std::byte* key = p_.k.row(place.page, first_head_, place.slot);
     for (int i = 0; i < run; ++i) rows_[static_cast<std::size_t>(at + i)] = key + i * p_.k.slot_stride;
     for (std::int64_t h = 0; p_.k.partition > 0 && h < num_heads_; ++h) {
-      float* scale = key_scale_.data() + h * kKeys + at;
-      for (int i = 0; i < run; ++i) scale[i] = p_.k.scale_of(place.page, first_head_ + h, place.slot + i);
+      p_.k.copy_scales(place.page, first_head_ + h, place.slot, run, key_scale_.data() + h * kKeys + at);
     }
     at += run;
     boundary_[static_cast<std::size_t>(at)] = true;
@@ -112,7 +113,7 @@ void KeyScores::locate(std::int64_t first, int keys) {
 }
 
 // Segments of the keys [at, at + count): they end with a page, or by kSegmentKeys, always at a multiple of 4.
-int KeyScores::cut(int at, int count) {
+int KeyScores::cut(int at, int count, host::StreamSegment* segments) const {
   int n = 0, start = 0;
   for (int end = 4; end < count; end += 4) {
     bool ends = end - start >= kSegmentKeys && scattered_;
@@ -120,10 +121,10 @@ int KeyScores::cut(int at, int count) {
       ends = ends || boundary_[static_cast<std::size_t>(std::min(at + i, kKeys))];
     }
     if (!ends) continue;
-    segments_[n++] = {start, end - start};
+    segments[n++] = {start, end - start};
     start = end;
   }
-  segments_[n++] = {start, count - start};
+  segments[n++] = {start, count - start};
   return n;
 }
 
@@ -136,17 +137,19 @@ void KeyScores::multiply(std::int64_t head, std::int64_t last, std::int64_t row,
                        .row_sums = row_sums_.data() + first,
                        .scores = scores_.data() + (h - head) * block_rows_ * host::kStreamKeys};
   }
-  const int count = std::min(keys - at, host::kStreamKeys);
+  const int count = std::min(keys - at, host::kStreamKeys), left = std::min(keys - at - count, host::kStreamKeys);
+  host::StreamSegment segments[kMaxSegments], next[kMaxSegments];
+  if (left > 0) cut(at + count, left, next);
   host::StreamStep step{.keys = rows_.data() + at,
                         .key_head_stride = p_.k.head_stride,
                         .count = count,
-                        .segments = segments_,
-                        .num_segments = cut(at, count),
-                        .next = std::min(keys - at - count, kSegmentKeys) / 4 * 4,
+                        .segments = segments,
+                        .num_segments = cut(at, count, segments),
+                        .next = left > 0 ? next[0].count : 0,
                         .key_dtype = p_.k.dtype,
                         .dim = p_.k.dim,
                         .qk = math_};
-  const std::byte* rows[host::kStreamKeys + kSegmentKeys + 4];
+  const std::byte* rows[2 * host::kStreamKeys + 4];
   if (head > 0) {
     for (int i = 0; i < count + step.next + 4; ++i) rows[i] = step.keys[i] + head * p_.k.head_stride;
     step.keys = rows;

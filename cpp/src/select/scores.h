@@ -34,7 +34,7 @@ class KeyScores {
  public:
   explicit KeyScores(const Problem& problem);
 
-  // The rows of (request, query) for the KV heads [first, first + count).
+  // The rows of (request, query) for the KV heads [first, first + count); nothing to do if they are set already.
   void set_query(std::int64_t request, std::int64_t query, std::int64_t first, std::int64_t count);
 
   // Calls fn(KV head, row, block, key) for blocks of up to kStreamRows rows from `row` on of the head's group, and up
@@ -60,9 +60,10 @@ class KeyScores {
  private:
   static constexpr int kKeys = 1024;       // whose places are looked up at a time
   static constexpr int kSegmentKeys = 16;  // of a segment, where rows do not follow one another
+  static constexpr int kMaxSegments = host::kStreamKeys / kSegmentKeys + 1;
 
   void locate(std::int64_t first, int keys);
-  int cut(int at, int count);
+  int cut(int at, int count, host::StreamSegment* segments) const;
   void multiply(std::int64_t head, std::int64_t last, std::int64_t row, int at, int keys);
   host::RawScores block(std::int64_t head, std::int64_t nth, std::int64_t row, int at, int keys) const;
   std::int64_t row_of(std::int64_t head, std::int64_t row) const { return head * padded_group_ + row; }
@@ -72,8 +73,8 @@ class KeyScores {
   const host::Math math_;
   const bool scattered_;
   float factor_ = 1.0f;
-  std::int64_t request_ = 0, first_head_ = 0, num_heads_ = 0;
-  std::vector<std::byte> queries_;  // [heads][padded group][stride]
+  std::int64_t request_ = 0, query_ = 0, first_head_ = 0, num_heads_ = 0;  // no heads: none set
+  std::vector<std::byte> queries_;                                         // [heads][padded group][stride]
   std::vector<float> factors_, biases_, row_;
   std::vector<std::int8_t> quantized_;
   std::vector<std::int32_t> row_sums_;
@@ -81,7 +82,6 @@ class KeyScores {
   std::vector<float> key_scale_;        // [heads][kKeys]
   std::vector<float> scores_;           // [heads at once][block rows][kStreamKeys]
   std::vector<bool> boundary_;          // whether a page ends before the key
-  host::StreamSegment segments_[host::kStreamKeys / kSegmentKeys + 1];
 };
 
 // Where key j of a request lies.

@@ -21,8 +21,7 @@
 namespace heddle::select {
 namespace {
 
-constexpr std::int64_t kChunk = 1024;                          // keys that are scored at a time
-constexpr std::int64_t kBatchFloats = std::int64_t{16} << 20;  // metrics that are kept at a time
+constexpr std::int64_t kChunk = 1024;  // keys that are scored at a time
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -121,28 +120,12 @@ void Topk::make_jobs() {
 }
 
 Selection Topk::run() {
-  std::int64_t capacity = 0;
-  double kept = 0.0, seen = 0.0;
-  for (const ListJob& job : jobs_) {
-    capacity = std::max(capacity, job.keep);
-    kept += static_cast<double>(job.keep);
-    seen += static_cast<double>(job.seen());
-  }
-  lists_.allocate(capacity);
-  std::size_t first = 0;
-  std::int64_t total = 0;
-  const auto heads = static_cast<std::size_t>(p_.num_kv_heads);
-  for (std::size_t n = 0; n < jobs_.size(); n += heads) {  // the KV heads of a query together
-    const std::int64_t need = floats(jobs_[n]) * p_.num_kv_heads;
-    if (n > first && total + need > kBatchFloats) {
-      run_batch(first, n, total);
-      first = n;
-      total = 0;
-    }
-    total += need;
-  }
-  run_batch(first, jobs_.size(), total);
-  return lists_.selection(seen > 0.0 ? kept / seen : 1.0);
+  lists_.allocate(jobs_);
+  const auto heads = static_cast<std::size_t>(p_.num_kv_heads);  // of a query, which are scored together
+  for_batches(
+      jobs_.size(), heads, [&](std::size_t n) { return floats(jobs_[n]); }, [](std::size_t) { return false; },
+      [&](std::size_t first, std::size_t last, std::int64_t total) { run_batch(first, last, total); });
+  return lists_.selection();
 }
 
 void Topk::run_batch(std::size_t first, std::size_t last, std::int64_t total) {
@@ -404,8 +387,7 @@ Selection top_scores(const TensorView& scores, const ScoreOptions& options) {
   TokenLists lists(q, false, heads);
   std::vector<ListJob> jobs;
   std::vector<const float*> at;
-  std::int64_t capacity = 0;
-  double kept = 0.0, seen = 0.0;
+  double seen = 0.0;
   for (std::int64_t row = 0; row < rows; ++row) {
     const std::int64_t b = row / heads / queries, i = row / heads % queries, h = row % heads;
     const auto offset = [&](const TensorView& t) {
@@ -424,11 +406,9 @@ Selection top_scores(const TensorView& scores, const ScoreOptions& options) {
     set_budget(options.budget, options.n_sink, options.n_recent, job);
     jobs.push_back(job);
     at.push_back(scores.as<const float>() + offset(scores));
-    capacity = std::max(capacity, job.keep);
-    kept += static_cast<double>(job.keep);
     seen += static_cast<double>(job.seen());
   }
-  lists.allocate(capacity);
+  lists.allocate(jobs);
   std::vector<std::uint8_t> bad(jobs.size(), 0);
   for_items(rows, seen, stateless, [&](int, std::int64_t i) {
     const auto row = static_cast<std::size_t>(i);
@@ -441,7 +421,7 @@ Selection top_scores(const TensorView& scores, const ScoreOptions& options) {
     check::fail(ErrorCode::kValue, "scores",
                 check::text("NaN at ", j, " of list ", row, "; allowed are scores that can be ranked"));
   }
-  return lists.selection(seen > 0.0 ? kept / seen : 1.0);
+  return lists.selection();
 }
 
 }  // namespace heddle::select

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <string>
 
+#include "core/integers.h"
 #include "cuda/common/launch_early.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/launch.h"
@@ -19,8 +20,6 @@ constexpr std::int64_t kMaxCount = std::int64_t{1} << 30;  // counted in 32 bits
 [[noreturn]] void unsupported(const char* argument, const std::string& text) {
   throw Error(ErrorCode::kUnsupported, argument, text);
 }
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 int multiprocessors(int device) {
   int count = 0;

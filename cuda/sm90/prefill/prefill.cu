@@ -6,6 +6,7 @@
 #include <numeric>
 #include <string>
 
+#include "core/integers.h"
 #include "cuda/common/check.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/common/workspace.h"
@@ -17,8 +18,6 @@ namespace heddle::cuda {
 namespace {
 
 constexpr int kChunk = 64;  // elements of a row that one copy brings
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 [[noreturn]] void refuse(ErrorCode code, const char* argument, const std::string& message) {
   throw Error(code, argument, message);

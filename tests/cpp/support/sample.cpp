@@ -9,14 +9,13 @@
 #include <unordered_set>
 #include <utility>
 
+#include "core/integers.h"
 #include "core/numeric.h"
 
 namespace heddle::testing {
 namespace {
 
 constexpr std::int64_t kGuard = 64;  // elements
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 bool is_quantized(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kFloat8E4M3; }
 

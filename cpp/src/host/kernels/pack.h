@@ -85,19 +85,23 @@ inline void row_as_words(const RowSource& source, std::int64_t index, Math math,
 
 inline constexpr std::int64_t kMaxDim = 576;
 
-// [row][word] -> key_word() order, for 64 rows.
+// 64 rows of `stored` words -> key_word() order of `words`, the others 0; all of them with `flip` inverted.
 template <Math math>
-inline void transpose_words(const std::uint32_t* rows, std::int64_t words, std::int64_t row_stride,
+inline void transpose_words(const std::byte* const* rows, std::int64_t stored, std::int64_t words, std::uint32_t flip,
                             std::uint32_t* panel) {
 #if HEDDLE_ISA_LEVEL >= 2
   // 16 x 16 blocks in registers: interleave words, pairs, then 128-bit lanes.
   for (std::int64_t w0 = 0; w0 < words; w0 += 16) {
     const std::int64_t left = words - w0 < 16 ? words - w0 : 16;
-    const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1u);
+    const std::int64_t present = stored - w0 < 0 ? 0 : stored - w0 < 16 ? stored - w0 : 16;
+    const __mmask16 mask = static_cast<__mmask16>((1u << present) - 1u);
     for (int r0 = 0; r0 < kTileKeys; r0 += 16) {
       __m512i a[16], b[16];
       HEDDLE_UNROLL
-      for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(mask, rows + (r0 + i) * row_stride + w0);
+      for (int i = 0; i < 16; ++i) {
+        a[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi32(mask, rows[r0 + i] + w0 * 4),
+                                _mm512_set1_epi32(static_cast<int>(flip)));
+      }
       HEDDLE_UNROLL
       for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
@@ -138,9 +142,17 @@ inline void transpose_words(const std::uint32_t* rows, std::int64_t words, std::
   }
 #else
   for (std::int64_t w = 0; w < words; ++w) {
-    for (int r = 0; r < kTileKeys; ++r) panel[key_word<math>(w, r, words)] = rows[r * row_stride + w];
+    for (int r = 0; r < kTileKeys; ++r) {
+      std::uint32_t x = 0;
+      if (w < stored) std::memcpy(&x, rows[r] + w * 4, 4);
+      panel[key_word<math>(w, r, words)] = x ^ flip;
+    }
   }
 #endif
+}
+
+constexpr DType word_dtype(Math math) {
+  return math == Math::kFloat32 ? DType::kFloat32 : math == Math::kBFloat16 ? DType::kBFloat16 : DType::kInt8;
 }
 
 inline void negate_words(void* row, std::int64_t dim, Math math) {
@@ -174,16 +186,24 @@ inline void pack_queries(const RowSource& source, Math math, bool negate, void* 
 inline void pack_keys(const RowSource& source, Math math, void* out) {
   const std::int64_t words = query_words(source.dim, math);
   alignas(64) float scratch[kMaxDim];
-  alignas(64) std::uint32_t rows[kTileKeys * (kMaxDim + 16)];
-  for (std::int64_t r = 0; r < source.count; ++r) row_as_words(source, r, math, words, rows + r * words, scratch);
-  std::memset(rows + source.count * words, 0, static_cast<std::size_t>((kTileKeys - source.count) * words) * 4);
-  if (math == Math::kInt8 && !kAmx) {  // VPDPBUSD reads keys unsigned
-    for (std::int64_t i = 0; i < kTileKeys * words; ++i) rows[i] ^= 0x80808080u;
+  alignas(64) std::uint32_t copies[kTileKeys * (kMaxDim + 16)];
+  alignas(64) static constexpr std::byte kZeros[kMaxDim * 4] = {};
+  // Rows that are words as they are stay where they lie.
+  const bool as_stored =
+      source.dtype == word_dtype(math) && source.scale == nullptr && source.dim % elements_per_word(math) == 0;
+  const std::byte* rows[kTileKeys];
+  for (std::int64_t r = 0; r < kTileKeys; ++r) {
+    rows[r] = r >= source.count ? kZeros
+              : as_stored       ? source.rows[r]
+                                : reinterpret_cast<std::byte*>(copies + r * words);
+    if (r < source.count && !as_stored) row_as_words(source, r, math, words, copies + r * words, scratch);
   }
+  const std::int64_t stored = source.dim / elements_per_word(math) + (source.dim % elements_per_word(math) != 0);
+  const std::uint32_t flip = math == Math::kInt8 && !kAmx ? 0x80808080u : 0;  // VPDPBUSD reads keys unsigned
   if (math == Math::kFloat32) {
-    transpose_words<Math::kFloat32>(rows, words, words, static_cast<std::uint32_t*>(out));
+    transpose_words<Math::kFloat32>(rows, stored, words, flip, static_cast<std::uint32_t*>(out));
   } else {  // bf16 and int8 alike
-    transpose_words<Math::kBFloat16>(rows, words, words, static_cast<std::uint32_t*>(out));
+    transpose_words<Math::kBFloat16>(rows, stored, words, flip, static_cast<std::uint32_t*>(out));
   }
 }
 
@@ -194,10 +214,17 @@ inline bool pack_values(const RowSource& source, Math math, void* out) {
   alignas(64) float scratch[kMaxDim];
   alignas(64) std::uint32_t pair[2][kMaxDim + 16];
   std::uint32_t nonfinite = 0;
+  // Rows of 16-bit words stay where they lie, and so do those of int8, which are widened as they are read.
+  const bool int8 = HEDDLE_ISA_LEVEL >= 3 && source.dtype == DType::kInt8;
+  const bool as_stored = (source.dtype == DType::kBFloat16 || int8) && math == Math::kBFloat16 && source.dim == columns;
   for (int w = 0; w < kTileKeys / per_word; ++w) {
+    const std::byte* rows[2];
     for (int e = 0; e < per_word; ++e) {
       const std::int64_t key = w * per_word + e;
-      if (key < source.count) {
+      rows[e] = reinterpret_cast<const std::byte*>(pair[e]);
+      if (as_stored && key < source.count) {
+        rows[e] = source.rows[key];
+      } else if (key < source.count) {
         row_as_words(source, key, math, columns / per_word, pair[e], scratch);
       } else {
         std::memset(pair[e], 0, static_cast<std::size_t>(columns) * 4 / static_cast<std::size_t>(per_word));
@@ -207,13 +234,31 @@ inline bool pack_values(const RowSource& source, Math math, void* out) {
       for (std::int64_t c = 0; c < columns; ++c) nonfinite |= (pair[0][c] & 0x7f800000u) == 0x7f800000u;
     } else {
       // Interleave two keys: the even one in the lower half of each word.
-      const std::uint16_t* even = reinterpret_cast<const std::uint16_t*>(pair[0]);
-      const std::uint16_t* odd = reinterpret_cast<const std::uint16_t*>(pair[1]);
       std::uint32_t* both = reinterpret_cast<std::uint32_t*>(scratch);
+#if HEDDLE_ISA_LEVEL >= 3
+      const __m512i exponents = _mm512_set1_epi16(0x7f80);
+      const auto half = [&](int e, std::int64_t c) {
+        if (!as_stored || !int8 || w * 2 + e >= source.count) {
+          return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[e] + 2 * c)));
+        }
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[e] + c));
+        const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));  // exact in bf16: its upper half
+        return _mm512_srli_epi32((__m512i)wide, 16);
+      };
+      for (std::int64_t c = 0; c < columns; c += 16) {
+        const __m512i words = _mm512_or_si512(half(0, c), _mm512_slli_epi32(half(1, c), 16));
+        nonfinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(words, exponents), exponents) != 0;
+        _mm512_store_si512(both + c, words);
+      }
+#else
       for (std::int64_t c = 0; c < columns; ++c) {
-        both[c] = static_cast<std::uint32_t>(even[c]) | static_cast<std::uint32_t>(odd[c]) << 16;
+        std::uint16_t even, odd;
+        std::memcpy(&even, rows[0] + 2 * c, 2);
+        std::memcpy(&odd, rows[1] + 2 * c, 2);
+        both[c] = static_cast<std::uint32_t>(even) | static_cast<std::uint32_t>(odd) << 16;
         nonfinite |= ((both[c] & 0x7f80u) == 0x7f80u) | ((both[c] & 0x7f800000u) == 0x7f800000u);
       }
+#endif
     }
     const std::uint32_t* from = math == Math::kFloat32 ? pair[0] : reinterpret_cast<const std::uint32_t*>(scratch);
     std::uint32_t* to = static_cast<std::uint32_t*>(out);

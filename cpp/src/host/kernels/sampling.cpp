@@ -38,6 +38,8 @@ void logits(const TileScores& tile) {
     const float* s = tile.scores + r * kStreamKeys;
     float* out = tile.logits + r * tile.logit_stride;
     const F factor = set1(tile.factor[r]);
+    // Where the next tiles' logits will be written: too many rows for a processor to see where each of them goes.
+    for (int n = 0; n < kTileKeys; n += 16) __builtin_prefetch(out + kStreamKeys + n, 1);
     F x[kVectors];
     HEDDLE_UNROLL
     for (int n = 0; n < kVectors; ++n) x[n] = load(s + n * kWidth) * factor;

@@ -74,6 +74,16 @@ HEDDLE_INLINE F max(F a, F b) {
 #endif
 }
 
+HEDDLE_INLINE I max(I a, I b) {
+#if HEDDLE_ISA_LEVEL >= 2
+  return (I)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif HEDDLE_ISA_LEVEL == 1
+  return (I)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 HEDDLE_INLINE float reduce_add(F x) {
   alignas(64) float lanes[kWidth];
   store(lanes, x);

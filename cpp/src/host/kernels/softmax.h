@@ -20,10 +20,9 @@ HEDDLE_INLINE F load_scores(const float* s) {
 }
 
 // Probabilities that multiply int8 values: whole numbers up to this, 1 being the largest of the row in the step.
-inline constexpr float kWholeProbability = 65535.0f;
+inline constexpr float kWholeProbability = 32767.0f;
 
-// Stores two vectors of probabilities, as float32, as bf16, or as whole numbers of two bytes: the upper bytes of 16
-// keys, then their lower ones.
+// Stores two vectors of probabilities, as float32, as bf16, or as whole numbers of 16 bits.
 template <Math pv>
 HEDDLE_INLINE void store_pair(void* row, int column, F a, F b) {
   if constexpr (pv == Math::kFloat32) {
@@ -35,13 +34,9 @@ HEDDLE_INLINE void store_pair(void* row, int column, F a, F b) {
 #endif
   } else {
 #if HEDDLE_ISA_LEVEL >= 3
-    auto* out = reinterpret_cast<__m128i*>(static_cast<std::uint16_t*>(row) + column);
-    HEDDLE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const __m512i whole = _mm512_cvtps_epi32((__m512)(i == 0 ? a : b));
-      _mm_storeu_si128(out + 2 * i, _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));
-      _mm_storeu_si128(out + 2 * i + 1, _mm512_cvtepi32_epi8(whole));
-    }
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    const __m512i both = _mm512_packs_epi32(_mm512_cvtps_epi32((__m512)a), _mm512_cvtps_epi32((__m512)b));
+    _mm512_storeu_si512(static_cast<std::uint16_t*>(row) + column, _mm512_permutexvar_epi64(order, both));
 #endif
   }
 }
@@ -61,6 +56,7 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
                          std::int64_t bits_row, const SoftmaxRow& row) {
   constexpr int kVectors = kTileKeys / kWidth;
   F top[4] = {negative_infinity(), negative_infinity(), negative_infinity(), negative_infinity()};
+  I top_int = set1_int(INT32_MIN);  // whole numbers are compared as they are
   bool is_int = kIntScores;
   float factor = row.factor, bias = row.bias;
   for (int t = 0; t < step.tiles; ++t) {
@@ -85,6 +81,11 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
       is_int = false;
     }
     const std::uint64_t* bits = step.bits[t];
+    if (kIntScores && is_int && bits == nullptr) {
+      HEDDLE_UNROLL
+      for (int n = 0; n < kVectors; ++n) top_int = max(load_int(s + n * kWidth), top_int);
+      continue;
+    }
     HEDDLE_UNROLL
     for (int n = 0; n < kVectors; ++n) {
       F x = kIntScores && is_int ? load_scores<kIntScores>(s + n * kWidth) : load(s + n * kWidth);
@@ -92,7 +93,12 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
       top[n % 4] = max(x, top[n % 4]);
     }
   }
-  const float highest = reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
+  F tops = max(max(top[0], top[1]), max(top[2], top[3]));
+  if constexpr (kIntScores) {  // beyond every score: none was compared
+    const I any = top_int != set1_int(INT32_MIN);
+    tops = max(as_float((any & as_int(to_float(top_int))) | (~any & as_int(negative_infinity()))), tops);
+  }
+  const float highest = reduce_max(tops);
   const float candidate = highest == -__builtin_inff() ? highest : __builtin_fmaf(highest, factor, bias);
   const float m_old = *row.m;
   const float m = candidate > m_old ? candidate : m_old;
@@ -102,7 +108,7 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
   constexpr bool kWhole = pv == Math::kInt8;
   const bool none = candidate == -__builtin_inff();
   const float top_of_step = none ? 0.0f : candidate;
-  constexpr float kLog2Whole = 15.999977986f;
+  constexpr float kLog2Whole = 14.99995597f;
   const F f = set1(factor), shift = set1(kWhole ? bias - top_of_step + kLog2Whole : bias - base);
   F sum[2] = {};
   for (int t = 0; t < step.tiles; ++t) {

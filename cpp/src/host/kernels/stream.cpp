@@ -63,7 +63,15 @@ HEDDLE_INLINE F load_some(const std::byte* p, std::int64_t n) {
 // into the second-level cache was better.
 inline constexpr bool kMatrixUnits = HEDDLE_ISA_LEVEL >= 4;
 inline constexpr std::int64_t kBytesAhead = kMatrixUnits ? 4096 : 8192;
-inline constexpr std::int64_t kBeginBytes = 4096;  // of the next segment, while this one is in work
+// Of the next segment, while this one is in work: all of it, into the second level, if it is short.
+inline constexpr std::int64_t kBeginBytes = 4096, kShortBytes = 32768;
+
+inline constexpr int kAheadBlock = 16;  // rows that scores fetch at a time, if they are so short
+
+inline int keys_ahead(std::int64_t row_bytes) {
+  const auto keys = static_cast<int>(kBytesAhead / row_bytes);
+  return keys >= kAheadBlock ? keys / kAheadBlock * kAheadBlock : keys / 4 * 4;
+}
 
 HEDDLE_INLINE void fetch_line(const std::byte* p) { __builtin_prefetch(p, 0, kMatrixUnits ? 2 : 3); }
 
@@ -75,7 +83,7 @@ class Ahead {
   Ahead(const StreamStep& step, int num_heads, bool values) : step_(step), num_heads_(num_heads), values_(values) {
     begin_phase(kKeys);
     const std::int64_t row_bytes = step.dim * static_cast<std::int64_t>(size_of(step.key_dtype));
-    skip(static_cast<int>(kBytesAhead / row_bytes) / 4 * 4);  // the step before has fetched them
+    skip(keys_ahead(row_bytes));  // the step before has fetched them
   }
 
   // Lines to fetch one by one from p on, or (inc 0) nothing new.
@@ -151,53 +159,80 @@ class Ahead {
   int segment_ = 0, head_ = 0, key_ = 0, last_ = 0;
 };
 
+// Values are summed block by block of keys, small enough that the later columns of a row are still near when their turn
+// comes.
+inline constexpr int kBlockKeys = 64;
+inline int block_keys(std::int64_t row_bytes) {
+  const std::int64_t keys = 8192 / row_bytes / 16 * 16;
+  return static_cast<int>(keys < 16 ? 16 : keys > kBlockKeys ? kBlockKeys : keys);
+}
+
 // One segment of one head.
 struct Run {
-  const std::byte* const* rows;    // of the first head
-  std::int64_t offset, row_bytes;  // of this one
-  int first, last, count;          // keys; count: of the step
-  Ahead* ahead;                    // null where other rows have read the same keys before
+  const std::byte* const* rows;  // of the first head
+  std::int64_t row_bytes;
+  int count;                   // keys of the step
+  int ahead_keys, value_keys;  // that scores and values take at a time
+  std::int64_t offset = 0;     // of this head
+  int first = 0, last = 0;     // keys
+  Ahead* ahead = nullptr;      // null where other rows have read the same keys before
+
+  Run(const std::byte* const* all, std::int64_t bytes, int keys)
+      : rows(all),
+        row_bytes(bytes),
+        count(keys),
+        ahead_keys(keys_ahead(bytes) >= kAheadBlock ? kAheadBlock : 4),
+        value_keys(block_keys(bytes)) {}
 
   HEDDLE_INLINE const std::byte* row(int key) const { return rows[key] + offset; }
   // Lines to fetch while n rows from `key` on are in work.
   HEDDLE_INLINE Ahead::Lines lines_ahead(int key, int n) const {
     return ahead == nullptr ? Ahead::Lines{row(key), 0} : ahead->take(n, row_bytes);
   }
+  // body(first, last, lines): all keys, a few at a time, which is less to do than key by key.
+  template <class Body>
+  HEDDLE_INLINE void for_ahead(Body&& body) const {
+    for (int at = first; at < last; at += ahead_keys) {
+      const int end = at + ahead_keys < last ? at + ahead_keys : last;
+      body(at, end, lines_ahead(at, end - at));
+    }
+  }
 };
 
 // Keys that scores take at once: as many accumulators as there are registers for.
 inline constexpr int kScoreKeys = HEDDLE_ISA_LEVEL >= 2 ? 4 : 2;
 
-// scores[r][key + k] = the sum of acc[r][k] over its lanes (whole numbers if Acc is I).
-template <class Acc, int R>
-HEDDLE_INLINE void store_sums(const Acc (&acc)[R][kScoreKeys], float* scores, int key) {
 #if HEDDLE_ISA_LEVEL >= 2
-  // Transposed addition: within 128-bit lanes, then across them.
-  const auto add = [](__m512 a, __m512 b) { return (__m512)((Acc)a + (Acc)b); };
-  __m512 quad[4];
-  for (int r = 0; r < 4; ++r) {
-    if (r >= R) {
-      quad[r] = _mm512_setzero_ps();
-      continue;
-    }
-    const __m512 a = (__m512)acc[r][0], b = (__m512)acc[r][1], c = (__m512)acc[r][2], d = (__m512)acc[r][3];
-    const __m512 ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    quad[r] = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  }
-  const auto halves = [&](__m512 a, __m512 b) {
-    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
-  const F sums = __builtin_convertvector((Acc)halves(halves(quad[0], quad[1]), halves(quad[2], quad[3])), F);
+// scores[r][key + k] = lane 4 r + k.
+template <int R>
+HEDDLE_INLINE void store_rows(__m512 sums, float* scores, int key) {
   const auto part = [&](auto r) {
-    if constexpr (r < R) {
-      _mm_storeu_ps(scores + r * kStreamKeys + key, _mm512_extractf32x4_ps((__m512)sums, r));
-    }
+    if constexpr (r < R) _mm_storeu_ps(scores + r * kStreamKeys + key, _mm512_extractf32x4_ps(sums, r));
   };
   part(std::integral_constant<int, 0>{});
   part(std::integral_constant<int, 1>{});
   part(std::integral_constant<int, 2>{});
   part(std::integral_constant<int, 3>{});
+}
+#endif
+
+// scores[r][key + k] = the sum of acc[r][k] over its lanes.
+template <int R>
+HEDDLE_INLINE void store_sums(const F (&acc)[R][kScoreKeys], float* scores, int key) {
+#if HEDDLE_ISA_LEVEL >= 2
+  // Transposed addition: within 128-bit lanes, then across them.
+  const auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  __m512 quad[4] = {};
+  HEDDLE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const __m512 a = (__m512)acc[r][0], b = (__m512)acc[r][1], c = (__m512)acc[r][2], d = (__m512)acc[r][3];
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    quad[r] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  }
+  store_rows<R>(halves(halves(quad[0], quad[1]), halves(quad[2], quad[3])), scores, key);
 #elif HEDDLE_ISA_LEVEL == 1
   HEDDLE_UNROLL
   for (int r = 0; r < R; r += 2) {
@@ -219,35 +254,36 @@ template <DType dtype, int R>
 void float_scores(const Run& run, std::int64_t dim, const float* queries, std::int64_t query_stride, float* scores) {
   constexpr int kBytes = element_bytes<dtype>();
   const std::int64_t whole = dim / kWidth * kWidth;
-  for (int j = run.first; j < run.last; j += kScoreKeys) {
-    const std::byte* rows[kScoreKeys];
-    for (int k = 0; k < kScoreKeys; ++k) rows[k] = run.row(j + k);
-    Ahead::Lines ahead = run.lines_ahead(j, kScoreKeys);
-    F acc[R][kScoreKeys] = {};
-    for (std::int64_t i = 0; i < whole; i += kWidth) {
-      constexpr int kEach = kScoreKeys * kWidth * kBytes / 64;
-      ahead.fetch < kEach<1 ? 1 : kEach>();
-      F x[kScoreKeys];
-      HEDDLE_UNROLL
-      for (int k = 0; k < kScoreKeys; ++k) x[k] = load_elements<dtype>(rows[k] + i * kBytes);
-      HEDDLE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const F q = load(queries + r * query_stride + i);
+  run.for_ahead([&](int first, int last, Ahead::Lines ahead) {
+    for (int j = first; j < last; j += kScoreKeys) {
+      const std::byte* rows[kScoreKeys];
+      for (int k = 0; k < kScoreKeys; ++k) rows[k] = run.row(j + k);
+      F acc[R][kScoreKeys] = {};
+      for (std::int64_t i = 0; i < whole; i += kWidth) {
+        constexpr int kEach = kScoreKeys * kWidth * kBytes / 64;
+        ahead.fetch < kEach<1 ? 1 : kEach>();
+        F x[kScoreKeys];
         HEDDLE_UNROLL
-        for (int k = 0; k < kScoreKeys; ++k) acc[r][k] = fma(q, x[k], acc[r][k]);
-      }
-    }
-    if (whole < dim) {
-      HEDDLE_UNROLL
-      for (int k = 0; k < kScoreKeys; ++k) {
-        ahead.fetch<1>();
-        const F x = load_some<dtype>(rows[k] + whole * kBytes, dim - whole);
+        for (int k = 0; k < kScoreKeys; ++k) x[k] = load_elements<dtype>(rows[k] + i * kBytes);
         HEDDLE_UNROLL
-        for (int r = 0; r < R; ++r) acc[r][k] = fma(load(queries + r * query_stride + whole), x, acc[r][k]);
+        for (int r = 0; r < R; ++r) {
+          const F q = load(queries + r * query_stride + i);
+          HEDDLE_UNROLL
+          for (int k = 0; k < kScoreKeys; ++k) acc[r][k] = fma(q, x[k], acc[r][k]);
+        }
       }
+      if (whole < dim) {
+        HEDDLE_UNROLL
+        for (int k = 0; k < kScoreKeys; ++k) {
+          ahead.fetch<1>();
+          const F x = load_some<dtype>(rows[k] + whole * kBytes, dim - whole);
+          HEDDLE_UNROLL
+          for (int r = 0; r < R; ++r) acc[r][k] = fma(load(queries + r * query_stride + whole), x, acc[r][k]);
+        }
+      }
+      store_sums<R>(acc, scores, j);
     }
-    store_sums(acc, scores, j);
-  }
+  });
 }
 
 #if HEDDLE_ISA_LEVEL >= 3
@@ -255,77 +291,76 @@ void float_scores(const Run& run, std::int64_t dim, const float* queries, std::i
 template <int R, bool kWhole>
 void bf16_scores(const Run& run, std::int64_t dim, const std::uint16_t* queries, std::int64_t query_stride,
                  float* scores) {
-  for (int j = run.first; j < run.last; j += kScoreKeys) {
-    const std::byte* rows[kScoreKeys];
-    for (int k = 0; k < kScoreKeys; ++k) rows[k] = run.row(j + k);
-    Ahead::Lines ahead = run.lines_ahead(j, kScoreKeys);
-    F acc[R][kScoreKeys] = {};
-    for (std::int64_t i = 0; i < dim; i += 32) {
-      ahead.fetch<kScoreKeys>();
-      const std::int64_t left = dim - i;
-      const __mmask32 mask = kWhole || left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
-      __m512i x[kScoreKeys];
-      HEDDLE_UNROLL
-      for (int k = 0; k < kScoreKeys; ++k) x[k] = _mm512_maskz_loadu_epi16(mask, rows[k] + i * 2);
-      HEDDLE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const __m512i q = _mm512_loadu_si512(queries + r * query_stride + i);
+  run.for_ahead([&](int first, int last, Ahead::Lines ahead) {
+    for (int j = first; j < last; j += kScoreKeys) {
+      const std::byte* rows[kScoreKeys];
+      for (int k = 0; k < kScoreKeys; ++k) rows[k] = run.row(j + k);
+      F acc[R][kScoreKeys] = {};
+      for (std::int64_t i = 0; i < dim; i += 32) {
+        ahead.fetch<kScoreKeys>();
+        const std::int64_t left = dim - i;
+        const __mmask32 mask = kWhole || left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+        __m512i x[kScoreKeys];
         HEDDLE_UNROLL
-        for (int k = 0; k < kScoreKeys; ++k) {
-          acc[r][k] = (F)_mm512_dpbf16_ps((__m512)acc[r][k], (__m512bh)q, (__m512bh)x[k]);
+        for (int k = 0; k < kScoreKeys; ++k) x[k] = _mm512_maskz_loadu_epi16(mask, rows[k] + i * 2);
+        HEDDLE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const __m512i q = _mm512_loadu_si512(queries + r * query_stride + i);
+          HEDDLE_UNROLL
+          for (int k = 0; k < kScoreKeys; ++k) {
+            acc[r][k] = (F)_mm512_dpbf16_ps((__m512)acc[r][k], (__m512bh)q, (__m512bh)x[k]);
+          }
         }
       }
+      store_sums<R>(acc, scores, j);
     }
-    store_sums(acc, scores, j);
-  }
+  });
 }
 
 // Whole-number scores on VPDPBUSD: keys biased by 128, undone by the queries' sums. Below 2^24, so exact as floats too.
+// Four keys lie side by side by words of 4 elements, so that there is one accumulator a row: a word of a query,
+// repeated within its 16 bytes, meets the same word of four keys.
 template <int R, bool kWhole>
 void int8_scores(const Run& run, std::int64_t dim, const std::int8_t* queries, std::int64_t query_stride,
                  const std::int32_t* row_sums, float* scores) {
   const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
-  I start[R];
-  HEDDLE_UNROLL
-  for (int r = 0; r < R; ++r) start[r] = I{-128 * row_sums[r]};  // in one lane
-  for (int j = run.first; j < run.last; j += kScoreKeys) {
-    const std::byte* rows[kScoreKeys];
-    for (int k = 0; k < kScoreKeys; ++k) rows[k] = run.row(j + k);
-    Ahead::Lines ahead = run.lines_ahead(j, kScoreKeys);
-    I acc[R][kScoreKeys];
-    HEDDLE_UNROLL
-    for (int r = 0; r < R; ++r) {
-      HEDDLE_UNROLL
-      for (int k = 0; k < kScoreKeys; ++k) acc[r][k] = start[r];
-    }
-    for (std::int64_t i = 0; i < dim; i += 64) {
-      ahead.fetch<kScoreKeys>();
-      const std::int64_t left = dim - i;
-      const __mmask64 mask = kWhole || left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
-      __m512i x[kScoreKeys];
-      HEDDLE_UNROLL
-      for (int k = 0; k < kScoreKeys; ++k) {
-        x[k] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, rows[k] + i), bias);
-      }
-      HEDDLE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const __m512i q = _mm512_loadu_si512(queries + r * query_stride + i);
+  alignas(64) std::int32_t starts[16] = {};
+  for (int r = 0; r < 4 * R; ++r) starts[r] = -128 * row_sums[r / 4];
+  const __m512i start = _mm512_load_si512(starts);
+  run.for_ahead([&](int first, int last, Ahead::Lines ahead) {
+    for (int j = first; j < last; j += 4) {
+      const std::byte* rows[4];
+      for (int k = 0; k < 4; ++k) rows[k] = run.row(j + k);
+      __m512i acc[4] = {};
+      for (std::int64_t i = 0; i < dim; i += 64) {
+        ahead.fetch<4>();
+        const std::int64_t left = dim - i;
+        const __mmask64 mask = kWhole || left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+        __m512i x[4];
         HEDDLE_UNROLL
-        for (int k = 0; k < kScoreKeys; ++k) acc[r][k] = (I)_mm512_dpbusd_epi32((__m512i)acc[r][k], x[k], q);
+        for (int k = 0; k < 4; ++k) x[k] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, rows[k] + i), bias);
+        const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+        const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+        const __m512i y[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                              _mm512_unpackhi_epi64(b, d)};
+        HEDDLE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const __m512i q = _mm512_loadu_si512(queries + r * query_stride + i);
+          acc[r] = _mm512_dpbusd_epi32(acc[r], y[0], _mm512_shuffle_epi32(q, _MM_PERM_AAAA));
+          acc[r] = _mm512_dpbusd_epi32(acc[r], y[1], _mm512_shuffle_epi32(q, _MM_PERM_BBBB));
+          acc[r] = _mm512_dpbusd_epi32(acc[r], y[2], _mm512_shuffle_epi32(q, _MM_PERM_CCCC));
+          acc[r] = _mm512_dpbusd_epi32(acc[r], y[3], _mm512_shuffle_epi32(q, _MM_PERM_DDDD));
+        }
       }
+      const auto halves = [](__m512i u, __m512i v) {
+        return _mm512_add_epi32(_mm512_shuffle_i32x4(u, v, 0x88), _mm512_shuffle_i32x4(u, v, 0xdd));
+      };
+      const __m512i sums = halves(halves(acc[0], acc[1]), halves(acc[2], acc[3]));
+      store_rows<R>(_mm512_cvtepi32_ps(_mm512_add_epi32(sums, start)), scores, j);
     }
-    store_sums(acc, scores, j);
-  }
+  });
 }
 #endif
-
-// Values are summed block by block of keys, small enough that the later columns of a row are still near when their turn
-// comes.
-inline constexpr int kBlockKeys = 64;
-HEDDLE_INLINE int block_keys(std::int64_t row_bytes) {
-  const std::int64_t keys = 8192 / row_bytes / 16 * 16;
-  return static_cast<int>(keys < 16 ? 16 : keys > kBlockKeys ? kBlockKeys : keys);
-}
 
 // o[r][c] = alpha[r] o[r][c] + sum_j p[r][j] v[j][c] over the keys [first, last) and columns from c on, N vectors.
 // One of P parts of the lines ahead is fetched on the way.
@@ -387,7 +422,7 @@ template <DType dtype, int R>
 void add_float_values(const Run& run, std::int64_t dim, const float* p, const float* alpha, float* o,
                       std::int64_t columns) {
   constexpr int kWide = HEDDLE_ISA_LEVEL >= 2 ? 8 : 4, kPair = R < 2 ? R : 2;
-  const int block = block_keys(run.row_bytes);
+  const int block = run.value_keys;
   for (int first = run.first; first < run.last; first += block) {
     const int last = first + block < run.last ? first + block : run.last;
     Ahead::Lines ahead = run.lines_ahead(first, last - first);
@@ -415,12 +450,27 @@ HEDDLE_INLINE void update(float* o, std::int64_t c, std::int64_t columns, float 
   _mm512_storeu_ps(o + c, _mm512_fmadd_ps(x, _mm512_set1_ps(weight), scaled));
 }
 
-// VDPBF16PS on pairs of keys, 64 columns at a time. Sums stay interleaved as the pairs are until the step ends.
-template <int R, bool kWhole>
-void add_bf16_values(const Run& run, const StreamTile& tile, std::int64_t row, std::int64_t dim) {
-  const std::int64_t stride = stream_dim(dim);
+// Products of pairs of keys, 64 columns at a time: VDPBF16PS, or VPDPWSSD on values widened to 16 bits. Sums lie as
+// [64 columns][R][64], interleaved as the pairs are, until the step ends; those of whole numbers stay below
+// 32767 * 127 * 256 < 2^31.
+template <Math pv, int R, bool kWhole>
+__attribute__((noinline)) void add_paired_values(const Run& run, const StreamTile& tile, std::int64_t row,
+                                                 std::int64_t dim) {
+  static_assert(kStreamKeys <= 256);
+  constexpr bool kInt8 = pv == Math::kInt8;
+  constexpr int kBytes = kInt8 ? 1 : 2;
+  // 32 columns of a row as 16-bit words.
+  const auto load_words = [](__mmask32 mask, const std::byte* p) {
+    if constexpr (kInt8 && kWhole) return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+    if constexpr (kInt8) return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, p));
+    return _mm512_maskz_loadu_epi16(mask, p);
+  };
+  const auto multiply = [](__m512i acc, __m512i w, __m512i x) {
+    if constexpr (kInt8) return _mm512_dpwssd_epi32(acc, w, x);
+    return (__m512i)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+  };
   const auto* p = reinterpret_cast<const std::uint16_t*>(tile.scores + row * kStreamKeys);
-  const int block = block_keys(run.row_bytes);
+  const int block = run.value_keys;
   for (int first = run.first; first < run.last; first += block) {
     const int last = first + block < run.last ? first + block : run.last;
     Ahead::Lines ahead = run.lines_ahead(first, last - first);
@@ -428,22 +478,24 @@ void add_bf16_values(const Run& run, const StreamTile& tile, std::int64_t row, s
       const std::int64_t left = dim - c;
       const __mmask64 mask = kWhole || left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
       const auto half = [&](int n) { return static_cast<__mmask32>(mask >> (32 * n)); };
-      float* sums = tile.sums + row * stride + c;
-      F acc[R][4];
+      float* sums = tile.sums + row * stream_dim(dim) + c * R;
+      __m512i acc[R][4];
       HEDDLE_UNROLL
       for (int r = 0; r < R; ++r) {
         HEDDLE_UNROLL
-        for (int n = 0; n < 4; ++n) acc[r][n] = first == 0 ? F{} : load(sums + r * stride + 16 * n);
+        for (int n = 0; n < 4; ++n) {
+          acc[r][n] = first == 0 ? _mm512_setzero_si512() : _mm512_loadu_si512(sums + 64 * r + 16 * n);
+        }
       }
       for (int j = first; j < last; j += 2) {
-        ahead.fetch<4>();
-        const std::byte *even = run.row(j) + c * 2, *odd = run.row(j + 1) + c * 2;
-        const bool pair = j + 1 < run.count;  // else 0, not 0 times a value
+        ahead.fetch<2 * kBytes>();
+        const std::byte *even = run.row(j) + c * kBytes, *odd = run.row(j + 1) + c * kBytes;
+        const bool pair = kInt8 || j + 1 < run.count;  // else 0, not 0 times what may be NaN
         __m512i x[4];
         HEDDLE_UNROLL
         for (int n = 0; n < 2; ++n) {
-          const __m512i a = _mm512_maskz_loadu_epi16(half(n), even + 64 * n);
-          const __m512i b = _mm512_maskz_loadu_epi16(pair ? half(n) : __mmask32{0}, odd + 64 * n);
+          const __m512i a = load_words(half(n), even + 32 * kBytes * n);
+          const __m512i b = load_words(pair ? half(n) : __mmask32{0}, odd + 32 * kBytes * n);
           x[2 * n] = _mm512_unpacklo_epi16(a, b);
           x[2 * n + 1] = _mm512_unpackhi_epi16(a, b);
         }
@@ -451,121 +503,38 @@ void add_bf16_values(const Run& run, const StreamTile& tile, std::int64_t row, s
         for (int r = 0; r < R; ++r) {
           std::int32_t both;
           std::memcpy(&both, p + r * 2 * kStreamKeys + j, 4);
-          const __m512bh w = (__m512bh)_mm512_set1_epi32(both);
+          const __m512i w = _mm512_set1_epi32(both);
           HEDDLE_UNROLL
-          for (int n = 0; n < 4; ++n) acc[r][n] = (F)_mm512_dpbf16_ps((__m512)acc[r][n], w, (__m512bh)x[n]);
+          for (int n = 0; n < 4; ++n) acc[r][n] = multiply(acc[r][n], w, x[n]);
         }
       }
       HEDDLE_UNROLL
       for (int r = 0; r < R; ++r) {
         HEDDLE_UNROLL
-        for (int n = 0; n < 4; ++n) store(sums + r * stride + 16 * n, acc[r][n]);
+        for (int n = 0; n < 4; ++n) _mm512_storeu_si512(sums + 64 * r + 16 * n, acc[r][n]);
       }
     }
   }
 }
 
-// o = alpha o + sums, at the end of a step.
-void finish_bf16_values(const StreamTile& tile, std::int64_t dim) {
-  const std::int64_t stride = stream_dim(dim);
+// o = alpha o + weight sums for R rows from `row` on, at the end of a step.
+template <Math pv, int R>
+void finish_paired_values(const StreamTile& tile, std::int64_t row, std::int64_t dim) {
   // Of two vectors of a pair of keys, lane 4 i + k of the lower (upper) one holds column 8 i + k (8 i + 4 + k).
   const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  for (std::int64_t r = 0; r < tile.rows; ++r) {
+  const auto load_sums = [](const float* sums) {
+    if constexpr (pv == Math::kInt8) return _mm512_cvtepi32_ps(_mm512_loadu_si512(sums));
+    return _mm512_loadu_ps(sums);
+  };
+  for (int r = 0; r < R && row + r < tile.rows; ++r) {
+    const float alpha = tile.alpha[row + r], weight = pv == Math::kInt8 ? tile.weight[row + r] : 1.0f;
+    float* o = tile.o + (row + r) * tile.columns;
     for (std::int64_t c = 0; c < dim; c += 32) {
-      const float* sums = tile.sums + r * stride + c;
-      const __m512 a = _mm512_loadu_ps(sums), b = _mm512_loadu_ps(sums + 16);
-      float* o = tile.o + r * tile.columns;
-      update(o, c, tile.columns, tile.alpha[r], 1.0f, _mm512_permutex2var_ps(a, lower, b));
-      update(o, c + 16, tile.columns, tile.alpha[r], 1.0f, _mm512_permutex2var_ps(a, upper, b));
-    }
-  }
-}
-
-// VPDPBUSD on four keys, 64 columns in two halves: probabilities are 256 times an upper byte plus a lower one. A step's
-// sum stays below 65535 * 127 * 256 < 2^31.
-template <int R, bool kWhole>
-void add_int8_values(const Run& run, const StreamTile& tile, std::int64_t row, std::int64_t dim) {
-  static_assert(kStreamKeys <= 256);
-  const std::int64_t stride = stream_dim(dim);
-  const auto* p = reinterpret_cast<const std::uint8_t*>(tile.scores + row * kStreamKeys);
-  const int block = block_keys(run.row_bytes);
-  for (int first = run.first; first < run.last; first += block) {
-    const int last = first + block < run.last ? first + block : run.last;
-    Ahead::Lines ahead = run.lines_ahead(first, last - first);
-    for (std::int64_t c = 0; c < dim; c += 64) {
-      const std::int64_t left = dim - c;
-      const __mmask64 mask = kWhole || left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
-      auto* sums = reinterpret_cast<std::int32_t*>(tile.sums) + row * stride + c;
-      const auto multiply = [&](auto half) {
-        I upper[R][2] = {}, lower[R][2];
-        HEDDLE_UNROLL
-        for (int r = 0; r < R; ++r) {
-          HEDDLE_UNROLL
-          for (int n = 0; n < 2; ++n)
-            lower[r][n] = first == 0 ? I{} : load_int(sums + r * stride + 16 * (2 * half + n));
-        }
-        for (int j = first; j < last; j += 4) {
-          ahead.fetch<2>();
-          __m512i v[4];
-          HEDDLE_UNROLL
-          for (int k = 0; k < 4; ++k) v[k] = _mm512_maskz_loadu_epi8(mask, run.row(j + k) + c);
-          __m512i ab, cd;
-          if constexpr (half == 0) {
-            ab = _mm512_unpacklo_epi8(v[0], v[1]);
-            cd = _mm512_unpacklo_epi8(v[2], v[3]);
-          } else {
-            ab = _mm512_unpackhi_epi8(v[0], v[1]);
-            cd = _mm512_unpackhi_epi8(v[2], v[3]);
-          }
-          const __m512i x[2] = {_mm512_unpacklo_epi16(ab, cd), _mm512_unpackhi_epi16(ab, cd)};
-          HEDDLE_UNROLL
-          for (int r = 0; r < R; ++r) {
-            const std::uint8_t* at = p + r * 4 * kStreamKeys + j / 16 * 32 + j % 16;
-            std::int32_t bytes[2];
-            std::memcpy(bytes, at, 4);
-            std::memcpy(bytes + 1, at + 16, 4);
-            const __m512i high = _mm512_set1_epi32(bytes[0]), low = _mm512_set1_epi32(bytes[1]);
-            HEDDLE_UNROLL
-            for (int n = 0; n < 2; ++n) {
-              upper[r][n] = (I)_mm512_dpbusd_epi32((__m512i)upper[r][n], high, x[n]);
-              lower[r][n] = (I)_mm512_dpbusd_epi32((__m512i)lower[r][n], low, x[n]);
-            }
-          }
-        }
-        HEDDLE_UNROLL
-        for (int r = 0; r < R; ++r) {
-          HEDDLE_UNROLL
-          for (int n = 0; n < 2; ++n) {
-            store(sums + r * stride + 16 * (2 * half + n), (upper[r][n] << 8) + lower[r][n]);
-          }
-        }
-      };
-      multiply(std::integral_constant<int, 0>{});
-      multiply(std::integral_constant<int, 1>{});
-    }
-  }
-}
-
-// o = alpha o + weight sums, at the end of a step.
-void finish_int8_values(const StreamTile& tile, std::int64_t dim) {
-  const std::int64_t stride = stream_dim(dim);
-  for (std::int64_t r = 0; r < tile.rows; ++r) {
-    for (std::int64_t c = 0; c < dim; c += 64) {
-      // Vector n holds, in lane 4 i + k, column 16 i + 4 n + k: a transposition of 128-bit lanes.
-      __m512 x[4];
-      HEDDLE_UNROLL
-      for (int n = 0; n < 4; ++n) {
-        x[n] = _mm512_cvtepi32_ps(_mm512_loadu_si512(tile.sums + r * stride + c + 16 * n));
-      }
-      const __m512 a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[2], x[3], 0x44);
-      const __m512 d = _mm512_shuffle_f32x4(x[0], x[1], 0xee), e = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
-      const __m512 out[4] = {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd),
-                             _mm512_shuffle_f32x4(d, e, 0x88), _mm512_shuffle_f32x4(d, e, 0xdd)};
-      HEDDLE_UNROLL
-      for (int n = 0; n < 4; ++n) {
-        update(tile.o + r * tile.columns, c + 16 * n, tile.columns, tile.alpha[r], tile.weight[r], out[n]);
-      }
+      const float* sums = tile.sums + row * stream_dim(dim) + c / 64 * 64 * R + 64 * r + c % 64;
+      const __m512 a = load_sums(sums), b = load_sums(sums + 16);
+      update(o, c, tile.columns, alpha, weight, _mm512_permutex2var_ps(a, lower, b));
+      update(o, c + 16, tile.columns, alpha, weight, _mm512_permutex2var_ps(a, upper, b));
     }
   }
 }
@@ -603,12 +572,12 @@ void values_of(const Run& run, const StreamTile& tile, const StreamStep& step, s
 #if HEDDLE_ISA_LEVEL >= 3
   const bool whole = step.dim_v % 64 == 0;
   if (step.pv == Math::kBFloat16) {
-    return whole ? add_bf16_values<R, true>(run, tile, row, step.dim_v)
-                 : add_bf16_values<R, false>(run, tile, row, step.dim_v);
+    return whole ? add_paired_values<Math::kBFloat16, R, true>(run, tile, row, step.dim_v)
+                 : add_paired_values<Math::kBFloat16, R, false>(run, tile, row, step.dim_v);
   }
   if (step.pv == Math::kInt8) {
-    return whole ? add_int8_values<R, true>(run, tile, row, step.dim_v)
-                 : add_int8_values<R, false>(run, tile, row, step.dim_v);
+    return whole ? add_paired_values<Math::kInt8, R, true>(run, tile, row, step.dim_v)
+                 : add_paired_values<Math::kInt8, R, false>(run, tile, row, step.dim_v);
   }
 #endif
   const float* p = tile.scores + row * kStreamKeys;
@@ -687,31 +656,40 @@ void softmax(const StreamTile& tile, const StreamStep& step, int head) {
 
 // body(run, head) in the order in which rows lie: segment by segment, and in each head by head. `after` is read next.
 template <class Body>
-HEDDLE_INLINE void visit(const StreamStep& step, int num_heads, const std::byte* const* rows, std::int64_t head_stride,
-                         std::int64_t row_bytes, const std::byte* after, Body&& body) {
+HEDDLE_INLINE void visit(const StreamStep& step, int num_heads, Run run, std::int64_t head_stride,
+                         const std::byte* after, Body&& body) {
   for (int s = 0; s < step.num_segments; ++s) {
     const StreamSegment& segment = step.segments[s];
-    const std::byte* next = s + 1 < step.num_segments ? rows[step.segments[s + 1].first] : after;
+    const std::byte* next = s + 1 < step.num_segments ? run.rows[step.segments[s + 1].first] : after;
+    run.first = segment.first;
+    run.last = segment.first + segment.count;
+    const std::int64_t bytes = segment.count * run.row_bytes * num_heads;
+    const bool is_short = !kMatrixUnits && bytes <= kShortBytes;
+    const std::int64_t begin = is_short ? bytes : kBeginBytes;
     for (int h = 0; h < num_heads; ++h) {
       // The processor needs a while to follow a new place in memory: the next segment is begun meanwhile.
-      for (std::int64_t b = kBeginBytes * h / num_heads; next != nullptr && b < kBeginBytes * (h + 1) / num_heads;
-           b += 64) {
-        fetch_line(next + b);
+      for (std::int64_t b = begin * h / num_heads; next != nullptr && b < begin * (h + 1) / num_heads; b += 64) {
+        if (is_short) {
+          __builtin_prefetch(next + b, 0, 2);
+        } else {
+          fetch_line(next + b);
+        }
       }
-      body(Run{rows, h * head_stride, row_bytes, segment.first, segment.first + segment.count, step.count, nullptr}, h);
+      run.offset = h * head_stride;
+      body(run, h);
     }
   }
 }
 
 HEDDLE_INLINE void visit_keys(const StreamTile* heads, int num_heads, const StreamStep& step, const std::byte* after,
                               Ahead& ahead) {
-  visit(step, num_heads, step.keys, step.key_head_stride, step.dim * static_cast<std::int64_t>(size_of(step.key_dtype)),
-        after, [&](Run run, int h) {
-          for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
-            run.ahead = row == 0 ? &ahead : nullptr;
-            scores_of<r>(run, heads[h], step, row);
-          });
-        });
+  const Run keys(step.keys, step.dim * static_cast<std::int64_t>(size_of(step.key_dtype)), step.count);
+  visit(step, num_heads, keys, step.key_head_stride, after, [&](Run& run, int h) {
+    for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
+      run.ahead = row == 0 ? &ahead : nullptr;
+      scores_of<r>(run, heads[h], step, row);
+    });
+  });
 }
 
 void stream_scores(const StreamTile* heads, int num_heads, const StreamStep& step) {
@@ -724,9 +702,9 @@ void stream_step(const StreamTile* heads, int num_heads, const StreamStep& step)
   Ahead ahead(step, num_heads, true);
   visit_keys(heads, num_heads, step, step.values[0], ahead);
   bool done[kStreamHeads] = {};
-  visit(step, num_heads, step.values, step.value_head_stride,
-        step.dim_v * static_cast<std::int64_t>(size_of(step.value_dtype)),
-        step.next > 0 ? step.keys[step.count] : nullptr, [&](Run run, int h) {
+  const Run values(step.values, step.dim_v * static_cast<std::int64_t>(size_of(step.value_dtype)), step.count);
+  visit(step, num_heads, values, step.value_head_stride, step.next > 0 ? step.keys[step.count] : nullptr,
+        [&](Run& run, int h) {
           if (run.first == 0) {
             done[h] = step.bits != nullptr && !values_finite(step, run.offset);
             if (step.pv == Math::kFloat32 || done[h]) {
@@ -745,8 +723,10 @@ void stream_step(const StreamTile* heads, int num_heads, const StreamStep& step)
           });
 #if HEDDLE_ISA_LEVEL >= 3
           if (run.last < run.count) return;
-          if (step.pv == Math::kBFloat16) finish_bf16_values(heads[h], step.dim_v);
-          if (step.pv == Math::kInt8) finish_int8_values(heads[h], step.dim_v);
+          for_rows(heads[h].rows, [&](auto r, std::int64_t row) {
+            if (step.pv == Math::kBFloat16) finish_paired_values<Math::kBFloat16, r>(heads[h], row, step.dim_v);
+            if (step.pv == Math::kInt8) finish_paired_values<Math::kInt8, r>(heads[h], row, step.dim_v);
+          });
 #endif
         });
 }
