@@ -54,8 +54,9 @@ def _of_blocks(result: dict[str, Any]) -> list[str]:
         )
         below = [_blocks.LABELS[row["method"]] for row in here if row["error"] > stem["error"]]
         said.append(
-            f"At {100 * density:.0f} % of the pairs Stem moves the loss by {_with_error(stem['loss_difference'])}. "
-            f"Its loss is lower than that of {_list(verdicts[1])}, higher than that of {_list(verdicts[-1])}, and within two "
+            f"At {100 * density:.0f} % of the pairs Stem moves the loss by "
+            f"{_with_error(stem['loss_difference'])}. Its loss is lower than that of {_list(verdicts[1])}, higher than "
+            f"that of {_list(verdicts[-1])}, and within two "
             f"standard errors of {_list(verdicts[0])}. Its output error is below that of {_list(below)}."
         )
     by_name = {row["method"]: row for row in rows if row["wanted_density"] == rows[0]["wanted_density"]}
