@@ -153,17 +153,20 @@ def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[st
 def _estimates(args: argparse.Namespace) -> dict[str, float]:
     """Seconds that the steps take on two cores, for the bar."""
     longest = max(args.context)
-    prefill = {n: 14 * n / 8192 + 1 for n in {*args.context, longest}}
+
+    def prefill(tokens: int) -> float:
+        return 14 * tokens / 8192 + 1
+
     configurations = len(_budget.LABELS) * len(set(args.budgets))
     seconds = {"load": 12.0, "fit": 30 * args.fit_steps * (0.034 * longest / 8192 + 0.004)}
     for n in args.context:
         each = 2.4 * n / 8192 * args.queries / 128 + 0.2
-        seconds[f"budget-{n}"] = args.passages * (prefill[n] + configurations * 1.25 * each)
+        seconds[f"budget-{n}"] = args.passages * (prefill(n) + configurations * 1.25 * each)
     rows = len(_blocks.MAIN) * (len(args.densities) - 1) + len(_blocks.METHODS) + 1
-    seconds["blocks"] = rows * 1.7 * prefill[longest] + 3 * prefill[longest]
-    seconds["int8"] = 3 * prefill[min(longest, 2048)]
+    seconds["blocks"] = rows * 1.7 * prefill(longest) + 3 * prefill(longest)
+    seconds["int8"] = 3 * prefill(min(longest, _INT8_TOKENS))
     seconds["sampling"] = 2e-3 * args.seeds
-    seconds["dsa"] = prefill[longest] + 0.08 * args.steps + 5
+    seconds["dsa"] = prefill(longest) + 0.08 * args.steps + 5
     return seconds
 
 
