@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from heddle.report._style import FAINT, INK, differences, svg
 from heddle.study import _blocks, _budget, _int8
@@ -64,6 +64,13 @@ def _powers(axes: Axes, values: list[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
+def _percents(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def _budgets(figure: Figure, result: dict[str, Any]) -> None:
     panels = figure.subplots(1, 3)
     rows = result["rows"]
@@ -89,14 +96,12 @@ def _budgets(figure: Figure, result: dict[str, Any]) -> None:
         panels[1].plot(x, [row["error"] for row in line], **style)
         if line[0]["mass"] is not None:
             panels[2].plot(x, [row["mass"] for row in line], **style)
-    panels[1].set_yscale("log")
+    _percents(panels[1])
     for axes, name in zip(panels, ("loss − dense, nats", "error of the output", "attention mass kept"), strict=True):
         _powers(axes, budgets)
         axes.tick_params(axis="x", labelrotation=45)
         axes.set_title(name, loc="left", fontsize=10.5, color=FAINT)
         axes.set_xlabel("keys, or samples")
-    panels[1].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
-    panels[1].yaxis.set_minor_formatter(NullFormatter())
     panels[2].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, handlelength=1.6)
 
@@ -125,10 +130,8 @@ def _layers(figure: Figure, result: dict[str, Any]) -> None:
     for row in result["rows"]:
         name = f"{_int8.LABELS[row['scheme']]}{', K smoothed' if row['smooth'] else ''}"
         style = {"color": _COLORS[row["scheme"]], "linestyle": "-" if row["smooth"] else "--", "linewidth": 1.6}
-        axes.plot([100 * x for x in row["error_by_layer"]], label=name, **style)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.plot(row["error_by_layer"], label=name, **style)
+    _percents(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
     axes.set_ylabel("error of the output")

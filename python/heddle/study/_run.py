@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import heddle
-from heddle import _record, dsa, report
+from heddle import _core, _record, dsa, report
 from heddle._errors import HeddleValueError, refuse
 from heddle.demo import _inputs
 from heddle.demo._show import Terminal
@@ -80,7 +80,7 @@ def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[st
             "model": [path.name, path.stat().st_size],
             "text": _inputs.digest(ids),
             "heddle": heddle.__version__,
-            "revision": (record["revision"] or {}).get("commit"),
+            "source": _source(),
         }
         indexer, about_indexer = None, None
         if {"budget", "dsa"} & set(args.sections):
@@ -148,6 +148,16 @@ def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[st
         "indexer": about_indexer,
         "sections": sections,
     }
+
+
+def _source() -> str:
+    """A hash of the code that measures: with another one, finished sections are measured again."""
+    package = Path(heddle.__file__).resolve().parent
+    files = [package / "study" / f"_{name}.py" for name in ("bench", "budget", "blocks", "int8", "sampling", "access")]
+    for folder in ("dsa", "trace"):
+        files += sorted((package / folder).glob("*.py"))
+    files += [package / "select.py", package / "_attention.py", Path(_core.__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _estimates(args: argparse.Namespace) -> dict[str, float]:
