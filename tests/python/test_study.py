@@ -361,7 +361,7 @@ def test_the_report_is_one_file_with_everything_in_it(budget, blocks, int8, samp
     for section in record["sections"].values():
         for sentence in section["statements"]:
             assert " ".join(sentence.split()) in shown
-    for label in [*_budget.LABELS.values(), *_blocks.LABELS.values(), "a <text>", "A quick run."]:
+    for label in [*_budget.LABELS.values(), *_blocks.LABELS.values(), "a <text>", "Not the whole study:"]:
         assert label in shown
     assert "None" not in shown
     assert "nan" not in shown.lower().split()
@@ -445,6 +445,8 @@ def test_the_study(tmp_path, capsys):
     Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     (path,) = tmp_path.glob("study-*.json")
     record = json.loads(path.read_text())
+    parts = [section["seconds"] for section in record["sections"].values()] + [record["indexer"]["fit_seconds"]]
+    assert record["seconds"] == pytest.approx(sum(parts))
     assert path.name.startswith(f"study-{heddle.host_isa()}-{record['date'][:10]}-")
     assert record["complete"] is False
     assert (

@@ -20,7 +20,7 @@ from heddle import _core, _record, dsa, report
 from heddle._errors import HeddleValueError, refuse
 from heddle.demo import _inputs
 from heddle.demo._show import Terminal
-from heddle.study import _access, _blocks, _budget, _int8, _sampling, _show, _statements
+from heddle.study import SECTIONS, _access, _blocks, _budget, _int8, _sampling, _show, _statements
 from heddle.study._bench import Bench
 
 # Characters of a text that are looked at.
@@ -34,14 +34,12 @@ _RUN = 32
 
 def study(args: argparse.Namespace, command: str) -> int:
     """Runs what `args`, checked and complete, ask for. Returns 0, or 130 after Ctrl-C."""
-    started = time.perf_counter()
     show = Terminal()
     try:
         record = _measured(args, command, show)
     except KeyboardInterrupt:
         show.console.print(f"Stopped. Finished sections are in {args.out}: the same command goes on from there.")
         return 130
-    record["seconds"] = time.perf_counter() - started
     _show.results(show.console, record)
     show.written("Record", _record.write(record, "study", args.record or args.out))
     page = args.out / "report.html"
@@ -51,7 +49,9 @@ def study(args: argparse.Namespace, command: str) -> int:
 
 
 def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[str, Any]:
-    record = _record.describe(shlex.split(command)) | {"complete": not args.quick}
+    record = _record.describe(shlex.split(command)) | {
+        "complete": not args.quick and set(args.sections) == set(SECTIONS)
+    }
     name, path = _inputs.find_model(args.model)
     text_name, text = _inputs.read_text(args.text)
     longest = max(args.context)
@@ -147,6 +147,8 @@ def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[st
         "text": {"name": text_name, "tokens": len(ids), "sha256": _inputs.digest(ids), "passages": passages},
         "indexer": about_indexer,
         "sections": sections,
+        # Of what was measured, whenever that was: finished sections may be of an earlier run.
+        "seconds": sum(p["seconds"] for p in sections.values()) + ((about_indexer or {}).get("fit_seconds") or 0.0),
     }
 
 

@@ -136,7 +136,8 @@ def _budgets(budgets: Sequence[int]) -> str:
 
 
 def _list(names: Sequence[Any]) -> str:
-    return ", ".join(str(name) for name in names) if names else "none"
+    names = [str(name) for name in names]
+    return ("; " if any("," in name for name in names) else ", ").join(names) or "none"
 
 
 def _with_error(difference: dict[str, float]) -> str:
