@@ -452,7 +452,7 @@ def test_the_study(tmp_path, capsys):
     assert (
         record["command"].endswith("--context 192 --queries 16 --fit-steps 8") or "--context 192" in record["command"]
     )
-    assert list(record["sections"]) == ["budget-192", "blocks", "int8", "sampling", "dsa"]
+    assert list(record["sections"]) == ["budget-192", "int8", "sampling", "dsa", "blocks"]
     assert record["indexer"]["kl_after"] < record["indexer"]["kl_before"]
     assert all(section["statements"] for section in record["sections"].values())
     assert not list(tmp_path.rglob("*.part"))

@@ -13,10 +13,10 @@ __all__ = ["SECTIONS", "add_arguments", "run"]
 
 SECTIONS = {
     "budget": "quality against budget at decode, every method",
-    "blocks": "Stem against the block baselines at prefill",
     "int8": "the INT8 schemes, layer by layer",
     "sampling": "the sampling methods on synthetic data: bias, variance, bits",
     "dsa": "what a fitted indexer reads: locality, and a reserved cache",
+    "blocks": "Stem against the block baselines at prefill",
 }
 # What --quick changes, of options that are not given.
 QUICK = {
@@ -37,7 +37,7 @@ _FULL = {
     "budgets": [32, 64, 128, 256, 512, 1024],
     "queries": 128,
     "passages": 2,
-    "densities": [0.15, 0.3],
+    "densities": [0.2],
     "block": 128,
     "seeds": 4000,
     "steps": 256,

@@ -102,9 +102,6 @@ def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[st
                 options,
                 lambda tick, o=options: _budget.measure(bench, indexer, tick=tick, **o),
             )
-        if "blocks" in args.sections:
-            options = {"first": 0, "context": longest, "densities": args.densities, "block": args.block}
-            parts["blocks"] = options, lambda tick, o=options: _blocks.measure(bench, tick=tick, **o)
         if "int8" in args.sections:
             options = {"first": 0, "context": min(longest, _INT8_TOKENS)}
             parts["int8"] = options, lambda tick, o=options: _int8.measure(bench, tick=tick, **o)
@@ -121,6 +118,9 @@ def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[st
             }
             file = args.out / "dsa.parquet"
             parts["dsa"] = options, lambda tick, o=options: _access.measure(bench, indexer, path=file, tick=tick, **o)
+        if "blocks" in args.sections:
+            options = {"first": 0, "context": longest, "densities": args.densities, "block": args.block}
+            parts["blocks"] = options, lambda tick, o=options: _blocks.measure(bench, tick=tick, **o)
 
         sections = {}
         for section, (options, measure) in parts.items():
