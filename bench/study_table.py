@@ -45,6 +45,8 @@ def render(name: str, record: dict[str, Any]) -> str:
         else:
             titles = {"int8": "INT8", "sampling": "Sampling, on synthetic data", "dsa": "What the indexer reads"}
             lines += [f"### {titles[section]}", ""]
+            if section == "dsa":
+                lines += [*_reservations(result), ""]
         lines += [*(f"- {sentence}" for sentence in part["statements"]), ""]
     indexer = record["indexer"]
     if indexer:
@@ -82,6 +84,20 @@ def _blocks_table(result: dict[str, Any]) -> list[str]:
             f"{100 * row['error']:.1f} %",
         ]
         lines.append(_row([_blocks.LABELS[row["method"]], *cells]))
+    return lines
+
+
+def _reservations(result: dict[str, Any]) -> list[str]:
+    """Hit rate and slowdown of the published sizes, as they are and scaled to the model."""
+    rows = {(row["policy"], round(row["megabytes"], 2)): row for row in result["reservation"]}
+    policies = list(dict.fromkeys(policy for policy, _ in rows))
+    lines = [_row(["reserved", *policies]), _row(["---", *["---:"] * len(policies)])]
+    scaled = {round(mb, 2): f"{mb / result['scale']:.0f} MB scaled" for mb in result["scaled_mb"]}
+    for mb in dict.fromkeys(mb for _, mb in rows):
+        note = f" ({scaled[mb]})" if scaled.get(mb) and mb else ""
+        found = [rows[policy, mb] for policy in policies]
+        cells = [f"{100 * row['hit_rate']:.0f} % ({row['slowdown']:.2f})" for row in found]
+        lines.append(_row([f"{mb:g} MB{note}", *cells]))
     return lines
 
 

@@ -30,6 +30,8 @@ _INT8_TOKENS = 4096
 _WINDOW = 50
 # Runs of so many tokens tell whether the text that the indexer was fitted on has parts of the passages.
 _RUN = 32
+# Runs of so many tokens tell which of the decoded tokens repeat what was read.
+_REPEAT = 8
 
 
 def study(args: argparse.Namespace, command: str) -> int:
@@ -132,6 +134,12 @@ def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[st
                 sections[section] = kept.or_run(section, depends, lambda measure=measure, tick=tick: measure(tick))
     for section, part in sections.items():
         part["statements"] = _statements.of(section, part["result"])
+        if section.startswith("budget"):
+            shares = [_repeated(ids[first : first + part["result"]["context"]], args.queries) for first in passages]
+            part["statements"].append(
+                f"By passage, {', '.join(f'{100 * share:.0f} %' for share in shares)} of the decoded tokens end a run "
+                f"of {_REPEAT} tokens that stands earlier in the passage: what they need is there to be copied."
+            )
     for package in ("torch", "transformers"):
         record["versions"][package] = importlib.metadata.version(package)
     return record | {
@@ -246,11 +254,17 @@ def _indexer(
 
 def _overlap(fitted: torch.Tensor, ids: torch.Tensor, passages: list[int], length: int) -> float:
     """Share of the runs of tokens of the fitted text that the passages have too."""
-
-    def runs(tokens: torch.Tensor) -> set[bytes]:
-        data = tokens.to(torch.int32).numpy()
-        return {data[i : i + _RUN].tobytes() for i in range(len(data) - _RUN + 1)}
-
-    there = set().union(*(runs(ids[first : first + length + 1]) for first in passages))
-    found = runs(fitted)
+    there = {run for first in passages for run in _runs(ids[first : first + length + 1], _RUN)}
+    found = set(_runs(fitted, _RUN))
     return len(found & there) / max(len(found), 1)
+
+
+def _repeated(passage: torch.Tensor, queries: int) -> float:
+    """Share of the last tokens of a passage that end a run of tokens which those before them have too."""
+    before = set(_runs(passage[:-queries], _REPEAT))
+    return sum(run in before for run in _runs(passage[1 - queries - _REPEAT :], _REPEAT)) / queries
+
+
+def _runs(tokens: torch.Tensor, length: int) -> list[bytes]:
+    data = tokens.to(torch.int32).numpy()
+    return [data[i : i + length].tobytes() for i in range(len(data) - length + 1)]

@@ -54,7 +54,7 @@ def _of_blocks(result: dict[str, Any]) -> list[str]:
         )
         below = [_blocks.LABELS[row["method"]] for row in here if row["error"] > stem["error"]]
         said.append(
-            f"At {100 * density:.0f} % of the pairs Stem moves the loss by "
+            f"At about {100 * density:.0f} % of the pairs Stem moves the loss by "
             f"{_with_error(stem['loss_difference'])}. Its loss is lower than that of {_list(verdicts[1])}, higher than "
             f"that of {_list(verdicts[-1])}, and within two "
             f"standard errors of {_list(verdicts[0])}. Its output error is below that of {_list(below)}."
@@ -66,7 +66,7 @@ def _of_blocks(result: dict[str, Any]) -> list[str]:
             error = row["error"] - by_name["stem"]["error"]
             said.append(
                 f"{what} the loss changes by {_with_error(row['loss_against_stem'])}, the output error by "
-                f"{100 * error:+.2f} percentage points, at the same density.".replace("-", "−")
+                f"{100 * error:+.2f} percentage points, at about the same density.".replace("-", "−")
             )
     return said
 
@@ -100,9 +100,9 @@ def _of_sampling(result: dict[str, Any]) -> list[str]:
                 f"{row['label']}: variance {row['measured']:.4f} ± {row['se']:.4f}, closed form {row['closed']:.4f} "
                 f"(z = {row['z']:+.1f}).".replace("-", "−")
             )
-    slopes = ", ".join(f"{row['label']} {row['slope']:.2f}" for row in result["slopes"])
+    slopes = ", ".join(f"{row['label']} {row['slope']:.2f}".replace("-", "−") for row in result["slopes"])
     identity = result["identity"]
-    said.append(f"Slope of the variance over the number of samples, log-log: {slopes}.".replace("-", "−"))
+    said.append(f"Slope of the variance over the number of samples, log-log: {slopes}.")
     said.append(
         f"{identity['differing']} of {identity['variants']} runs with other page sizes, schedules, split sizes and "
         "numbers of threads gave other bits."
