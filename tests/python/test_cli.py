@@ -35,7 +35,7 @@ def test_help_names_the_commands(capsys):
         cli.main(["--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"  {name} " in out for name in ("info", "advise", "trace", "demo"))
+    assert all(f"  {name} " in out for name in ("info", "advise", "trace", "indexer", "study", "demo"))
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance"], ["--fast"], ["info", "--fast"]])

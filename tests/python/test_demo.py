@@ -1,6 +1,5 @@
 """`heddle demo`: its parts on made-up measurements, and the whole on the real model with a short text."""
 
-import html.parser
 import io
 import json
 import math
@@ -28,6 +27,7 @@ import heddle.hf  # noqa: E402
 from heddle import cli, report  # noqa: E402
 from heddle.demo import _inputs, _show  # noqa: E402
 from heddle.demo._variants import DEFAULT_VARIANTS, make_variants  # noqa: E402
+from page import Page  # noqa: E402
 
 # --- variants ---
 
@@ -231,37 +231,6 @@ def made_up(names=DEFAULT_VARIANTS, layers=30) -> dict:
         )
     results["variants"] = [v for v in results["variants"] if v["name"] in names]
     return results
-
-
-class Page(html.parser.HTMLParser):
-    """What a browser would load, the visible text, and whether tags are balanced."""
-
-    VOID = frozenset(("meta", "link", "br", "img", "hr", "input"))
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.loads, self.text, self.open, self.tags = [], [], [], []
-        self.feed(source)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.loads += [value for key, value in attributes if key in ("src", "href", "xlink:href", "data", "srcset")]
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not {"style", "script"} & set(self.open):
-            self.text.append(data)
 
 
 @pytest.mark.parametrize("names", [DEFAULT_VARIANTS, ("sdpa", "dense"), ("sdpa", "dense", "int8-b", "strided")])

@@ -332,6 +332,19 @@ def test_figures_are_those_of_the_records(readme_table):
     assert readme_table.main(["--check"]) == 0
 
 
+def test_figures_of_the_study_are_those_of_its_record(monkeypatch):
+    for package in ("transformers", "matplotlib", "pyarrow", "safetensors"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import study_table
+
+    assert study_table.main(["--check"]) == 0
+    name, record = study_table.newest(ROOT / "bench" / "results")
+    assert name in (ROOT / "docs" / "study.md").read_text()
+    changed = record | {"seconds": record["seconds"] + 600}
+    assert study_table.render(name, changed) != study_table.render(name, record)
+
+
 def test_a_figure_that_drifts_is_noticed(readme_table, monkeypatch, tmp_path):
     changed = tmp_path / "README.md"
     changed.write_text(README.read_text().replace(readme_table.END, f"1000 x faster\n{readme_table.END}"))

@@ -1,17 +1,16 @@
-"""The report's plots, as SVG."""
+"""The plots of the demo's report, as SVG."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from heddle.report._style import FAINT, INK, differences, svg
 
 # They agree but for rounding.
 _EXACT = ("sdpa", "dense")
@@ -25,54 +24,11 @@ _COLORS = {
     "int8-b": "#7d45d1",
     "fp8": "#c98a00",
 }
-_INK, _FAINT, _GRID = "#1b2230", "#667085", "#e4e7ec"
-STYLE = {
-    "font.size": 10.5,
-    # Text stays text, in the page's own font.
-    "svg.fonttype": "none",
-    "text.color": _INK,
-    "axes.labelcolor": _FAINT,
-    "axes.edgecolor": _GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "lines.solid_capstyle": "round",
-}
 
 
 def color(name: str) -> str:
     """Of a variant, in all plots and tables."""
-    return _COLORS.get(name, _FAINT)
-
-
-def _svg(name: str, width: float, height: float, draw: Callable[[Figure], None]) -> str:
-    """The drawing as an <svg> element to put into a page. `name` keeps its ids apart from other plots'."""
-    with rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    svg = out.getvalue()
-    return svg[svg.index("<svg") :]
-
-
-def _differences(axes: Axes, largest: float) -> None:
-    """A y axis for loss differences: linear within ±0.01, logarithmic beyond."""
-    axes.set_yscale("symlog", linthresh=0.01, linscale=0.9)
-    ticks = [-1, -0.1, -0.01, 0, 0.01, 0.1, 1, 10]
-    axes.set_yticks(ticks, [f"{tick:+g}".replace("-", "−") if tick else "0" for tick in ticks], minor=False)
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(-0.02 if largest < 0.01 else -0.01, max(0.02, 2.5 * largest))
-    axes.axhline(0, color=_FAINT, linewidth=1)
+    return _COLORS.get(name, FAINT)
 
 
 def _label_right(axes: Axes, points: list[tuple[float, float, str, str]]) -> None:
@@ -97,7 +53,7 @@ def quality(results: dict[str, Any]) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         variants = results["variants"]
-        _differences(axes, max(v["loss_difference"] for v in variants))
+        differences(axes, max(v["loss_difference"] for v in variants))
         axes.set_xscale("log", base=2)
         reads = [v["kv_bytes_read_per_step"] / 2**20 for v in variants]
         axes.set_xlim(0.75 * min(reads), 1.9 * max(reads))
@@ -113,7 +69,7 @@ def quality(results: dict[str, Any]) -> str:
         axes.set_ylabel("loss − dense")
         _label_right(axes, points)
 
-    return _svg("quality", 9.6, 4.4, draw)
+    return svg("quality", 9.6, 4.4, draw)
 
 
 def _named_lines(axes: Axes, lines: list[tuple[str, str, np.ndarray, np.ndarray]]) -> None:
@@ -141,7 +97,7 @@ def layers(results: dict[str, Any]) -> str:
         axes.set_xlabel("layer")
         axes.set_ylabel("relative error of the attention output")
 
-    return _svg("layers", 9.6, 4.0, draw)
+    return svg("layers", 9.6, 4.0, draw)
 
 
 def positions(results: dict[str, Any]) -> str:
@@ -156,7 +112,7 @@ def positions(results: dict[str, Any]) -> str:
                 x, y = (np.array([point[key] for point in bins]) for key in ("token", "difference"))
                 lines.append((v["name"], v["label"], x, y))
         if lines:
-            _differences(axes, max(float(y.max()) for *_, y in lines))
+            differences(axes, max(float(y.max()) for *_, y in lines))
             lowest = min(float(y.min()) for *_, y in lines)
             axes.set_ylim(bottom=min(axes.get_ylim()[0], 1.5 * lowest))
             _named_lines(axes, lines)
@@ -164,7 +120,7 @@ def positions(results: dict[str, Any]) -> str:
         axes.set_xlabel("position in the text, tokens")
         axes.set_ylabel("loss − dense")
 
-    return _svg("positions", 9.6, 3.6, draw)
+    return svg("positions", 9.6, 3.6, draw)
 
 
 def times(results: dict[str, Any]) -> str:
@@ -188,15 +144,15 @@ def times(results: dict[str, Any]) -> str:
                 text = f"{form.format(a)} of {form.format(t)}"
                 axes.annotate(text, (t, row), (5, 0), textcoords="offset points", va="center", fontsize=9.5)
             axes.set_xlim(0, 1.32 * total.max())
-            axes.set_title(title, loc="left", fontsize=10.5, color=_FAINT)
+            axes.set_title(title, loc="left", fontsize=10.5, color=FAINT)
             axes.grid(axis="y", visible=False)
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.spines["left"].set_visible(False)
         panels[0].set_yticks(rows, [v["label"] for v in variants])
-        panels[0].tick_params(axis="y", labelcolor=_INK)
+        panels[0].tick_params(axis="y", labelcolor=INK)
         panels[0].invert_yaxis()
 
-    return _svg("times", 10.4, 0.6 + 0.42 * (len(results["variants"]) + 1), draw)
+    return svg("times", 10.4, 0.6 + 0.42 * (len(results["variants"]) + 1), draw)
 
 
 PLOTS = {"quality": quality, "layers": layers, "positions": positions, "times": times}

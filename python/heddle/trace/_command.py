@@ -34,7 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     record.add_argument("--steps", type=int, default=256, metavar="N", help="tokens of the text that are then decoded")
     record.add_argument("--budget", type=int, default=128, metavar="K", help="tokens that each KV head selects")
-    record.add_argument("--metric", choices=["qk", "oam"], default="qk", help="what they are ranked by")
+    record.add_argument(
+        "--method",
+        choices=["topk", "indexer"],
+        default="topk",
+        help="each KV head by its own scores, or all of a layer by its DSA indexer",
+    )
+    record.add_argument("--metric", choices=["qk", "oam"], default="qk", help="topk: what they are ranked by")
+    record.add_argument(
+        "--indexer", type=Path, metavar="FILE", help="indexer: what heddle.dsa saved (heddle indexer makes one)"
+    )
     record.add_argument("--sink", type=int, default=4, metavar="N", help="first tokens that are always selected")
     record.add_argument("--recent", type=int, default=16, metavar="N", help="last tokens that are always selected")
     record.add_argument("--dense-layers", type=int, default=0, metavar="N", help="first layers that read everything")
@@ -91,6 +100,9 @@ def _record(args: argparse.Namespace) -> int:
     if args.sink + args.recent > args.budget:
         message = f"{args.budget}; allowed are {args.sink + args.recent}, what is always selected, and above"
         raise refuse(HeddleValueError, "value", "--budget", message)
+    if (args.method == "indexer") != (args.indexer is not None):
+        given = "none" if args.indexer is None else f"{args.indexer} with --method {args.method}"
+        raise refuse(HeddleValueError, "value", "--indexer", f"{given}; allowed is a file with --method indexer")
     if not args.out.absolute().parent.is_dir():
         raise refuse(HeddleValueError, "value", "TRACE", f"{args.out}: the directory does not exist")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

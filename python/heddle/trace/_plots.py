@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from heddle.report._plots import STYLE
+from heddle.report._style import STYLE
 from heddle.trace._analyze import Analysis
 from heddle.trace._simulate import Reservation
 
@@ -23,37 +24,49 @@ def draw_analysis(analysis: Analysis, path: Path) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 7), layout="constrained")
         for axes, (name, d) in zip(figure.subplots(2, 3).flat, analysis.distributions.items(), strict=True):
-            title = f"{name.replace('_', ' ')}: {d.title}"
-            if d.count:
-                edges, counts = d.histogram(60)
-                axes.bar(edges[:-1], counts / d.count, np.diff(edges), align="edge", color=_BAR)
-                axes.axvline(d.mean, color=_LINE, linewidth=1.4)
-                title += f"\nmean {d.mean:.3g}, median {d.quantile(0.5):.3g}"
-            axes.set_title(title, loc="left", fontsize=10)
-            axes.set_xlabel(d.unit)
-            axes.set_ylabel("share")
-            if name == "persistence":
-                axes.set_yscale("log")
+            edges, counts = d.histogram(60)
+            distribution(axes, name, d.title, d.unit, edges, counts, d.mean, d.quantile(0.5))
         figure.savefig(path)
+
+
+def distribution(
+    axes: Axes, name: str, title: str, unit: str, edges: np.ndarray, counts: np.ndarray, mean: float, median: float
+) -> None:
+    """One of them, as bars."""
+    title = f"{name.replace('_', ' ')}: {title}"
+    if len(counts):
+        axes.bar(edges[:-1], counts / counts.sum(), np.diff(edges), align="edge", color=_BAR)
+        axes.axvline(mean, color=_LINE, linewidth=1.4)
+        title += f"\nmean {mean:.3g}, median {median:.3g}"
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(unit)
+    axes.set_ylabel("share")
+    if name == "persistence":
+        axes.set_yscale("log")
 
 
 def draw_simulation(results: Sequence[Reservation], path: Path) -> None:
     """Hit rate and slowdown over the reserved size."""
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for policy in dict.fromkeys(r.policy for r in results):
-            line = sorted((r for r in results if r.policy == policy), key=lambda r: r.tokens)
-            x = [r.megabytes for r in line]
-            style = {"color": _COLORS[policy], "marker": "o", "markersize": 4, "label": policy}
-            left.plot(x, [100 * r.hit_rate for r in line], **style)
-            right.plot(x, [r.slowdown for r in line], **style)
-        left.set_ylabel("selected tokens that hit, %")
-        right.set_ylabel("slowdown of a step")
-        for axes in (left, right):
-            axes.set_xlabel("reserved, MB")
-            axes.set_ylim(bottom=0 if axes is left else None)
-        right.set_yscale("log", base=2)
-        right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        right.legend(frameon=False)
+        reservations(figure, results)
         figure.savefig(path)
+
+
+def reservations(figure: Figure, results: Sequence[Reservation]) -> None:
+    """The two of them side by side."""
+    left, right = figure.subplots(1, 2)
+    for policy in dict.fromkeys(r.policy for r in results):
+        line = sorted((r for r in results if r.policy == policy), key=lambda r: r.tokens)
+        x = [r.megabytes for r in line]
+        style = {"color": _COLORS[policy], "marker": "o", "markersize": 4, "label": policy}
+        left.plot(x, [100 * r.hit_rate for r in line], **style)
+        right.plot(x, [r.slowdown for r in line], **style)
+    left.set_ylabel("selected tokens that hit, %")
+    right.set_ylabel("slowdown of a step")
+    for axes in (left, right):
+        axes.set_xlabel("reserved, MB")
+        axes.set_ylim(bottom=0 if axes is left else None)
+    right.set_yscale("log", base=2)
+    right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    right.legend(frameon=False)
