@@ -27,12 +27,13 @@ Record = dict[str, Any]
 
 
 def newest(folder: Path) -> dict[str, Record]:
-    """By file name, the newest complete record of each program and instruction set, programs in the order of TABLES."""
+    """By file name, the newest complete record of each program and instruction set of CPUs, in the order of TABLES."""
     found: dict[tuple[int, int], tuple[str, str, Record]] = {}
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        # The study measures quality, which docs/study.md tells.
-        if not record.get("complete", True) or "sections" in record:
+        # Figures of GPUs stand in docs/kernels; the study measures quality, which docs/study.md tells.
+        elsewhere = "gpu" in record.get("device", {}) or "sections" in record
+        if elsewhere or not record.get("complete", True):
             continue
         key = (list(TABLES).index(_program(record)), ISAS.index(_device(record)["isa"]))
         if key not in found or found[key][0] <= record["date"]:

@@ -69,10 +69,10 @@ CUtensorMap make_tensor_map(const char* argument, const void* data, DType dtype,
                                      : row == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                  : CU_TENSOR_MAP_SWIZZLE_32B;
   CUtensorMap map;
-  const CUresult result = encode_function()(&map, type_of(dtype), static_cast<cuuint32_t>(rank),
-                                            const_cast<void*>(data), sizes.data(), strides.data(), box.data(),
-                                            steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode_function()(&map, type_of(dtype), static_cast<cuuint32_t>(rank), const_cast<void*>(data), sizes.data(),
+                        strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error(ErrorCode::kRuntime, argument, "cuTensorMapEncodeTiled failed with " + std::to_string(result));
   }

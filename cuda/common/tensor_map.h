@@ -14,8 +14,8 @@ struct TensorAxis {
   std::int64_t box;           // what one copy brings of it
 };
 
-// Boxes are swizzled over their rows, of 128, 64 or 32 bytes. Throws kLayout that names `argument` if bulk copies cannot reach such rows: a start or a stride that is no multiple
-// of 16 bytes, or a stride that is negative.
+// Boxes are swizzled over their rows, of 128, 64 or 32 bytes. Throws kLayout that names `argument` if bulk copies
+// cannot reach such rows: a start or a stride that is no multiple of 16 bytes, or a stride that is negative.
 CUtensorMap make_tensor_map(const char* argument, const void* data, DType dtype,
                             std::initializer_list<TensorAxis> axes);
 

@@ -1,8 +1,8 @@
 // Decode: attention of a few new tokens over a paged KV cache, one read of K and V.
 //
 // Each CTA stays on its SM and works through the chunks that the plan gave it (plan.h). Four warps load: they walk the
-// chunks, look up pages, and fill a ring of KV tiles by 16-byte asynchronous copies, running ahead across the ends of
-// items and requests, so that memory never waits for arithmetic. Eight warps compute: keys are the rows of the matrix
+// chunks, look up pages, and fill a ring of KV tiles by bulk copies of 16 keys, running ahead across the ends of items
+// and requests, so that memory never waits for arithmetic. Eight warps compute: keys are the rows of the matrix
 // products and queries their columns, so few queries waste little; each warp keeps a softmax of its own over the slices
 // of 16 keys that it takes, and the warps meet only at the end of an item. Splits of a unit are merged, in their order,
 // by the CTA that finishes the last of them.
