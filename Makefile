@@ -98,7 +98,7 @@ demo: configure  ## a language model through heddle: dense, sparse and quantized
 	cmake --build $(BUILD) -j $(JOBS) --target _core
 	$(BIN)/python -m heddle demo $(ARGS)
 
-study: configure  ## the quality of every selection, sampling and INT8 method; about a third of an hour
+study: configure  ## the quality of every selection, sampling and INT8 method; about half an hour
 	cmake --build $(BUILD) -j $(JOBS) --target _core
 	$(BIN)/python -m heddle study $(ARGS)
 

