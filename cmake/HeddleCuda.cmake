@@ -33,7 +33,7 @@ target_compile_options(
 
 # What everything below cuda/ compiles with.
 add_library(heddle_cuda_private INTERFACE)
-target_include_directories(heddle_cuda_private INTERFACE "${PROJECT_SOURCE_DIR}" "${PROJECT_SOURCE_DIR}/cpp/include")
+target_include_directories(heddle_cuda_private INTERFACE "${PROJECT_SOURCE_DIR}" "${PROJECT_SOURCE_DIR}/cpp/src" "${PROJECT_SOURCE_DIR}/cpp/include")
 target_link_libraries(heddle_cuda_private INTERFACE heddle_flags heddle::cudart_static)
 
 # heddle_add_cuda_kernel(<folder> ARCHS <arch>... [CUTLASS])
