@@ -207,6 +207,21 @@ cuda::DecodeArgs decode_args(const Problem& p) {
   return args;
 }
 
+// Whether a decode is better off with the kernel for many queries, which reads keys once for 128 rows and more, but
+// takes 16-bit caches alone and does not split them. It also has values of another width.
+bool has_many_rows(const Problem& p) {
+  const auto aligned = [](const Rows& x) {
+    const auto start = reinterpret_cast<std::uintptr_t>(x.data);
+    return ((start | x.page_stride | x.head_stride | x.slot_stride) & 15) == 0 && x.page_stride >= 0 &&
+           x.head_stride >= 0 && x.slot_stride >= 0;
+  };
+  constexpr std::int64_t kManyRows = 128;
+  const bool able = p.k.dtype == p.q.dtype && p.page_size % 8 == 0 && p.schedule.split_size == 0 &&
+                    !std::holds_alternative<select::Tokens>(p.selection->kind()) && aligned(p.q) && aligned(p.out);
+  const std::int64_t rows = p.on_device.max_q_len * (p.num_q_heads / p.num_kv_heads);
+  return able && (rows >= kManyRows || p.q.dim != p.v.dim);
+}
+
 }  // namespace
 
 std::int64_t decode_plan_bytes(const Problem& problem) { return cuda::decode_workspace_bytes(decode_args(problem)); }
@@ -220,6 +235,7 @@ void decode_plan(const Problem& problem) {
 void attention(const Problem& problem) { cuda::launch_attention(attention_args(problem)); }
 
 void decode(const Problem& problem) {
+  if (problem.plan == nullptr && has_many_rows(problem)) return attention(problem);
   cuda::DecodeArgs args = decode_args(problem);
   if (problem.plan != nullptr) {
     args.workspace = problem.plan;

@@ -67,6 +67,7 @@ Case gpu_case(std::uint64_t seed) {
     c.page_size = r.pick<std::int64_t>({1, 8, 16, 32, 64, 128});
     if (c.page_size % c.cache_partition != 0) c.cache_partition = 1;
   }
+  if (c.op == Op::kDecode && r.chance(0.15)) c.q_len = r.integer(17, 300);  // a chunk of a prompt
   if (c.op == Op::kAttention && r.chance(0.6)) c.k = c.v = c.q == DType::kInt8 ? DType::kInt8 : c.q;
   if (c.k != DType::kInt8 && c.k != DType::kFloat8E4M3) {
     c.k_partition = 0;

@@ -25,6 +25,8 @@ struct PrefillConfig {
   // Two row tiles of queries where shared memory goes that far: the next ones come while the last are still needed.
   static constexpr int kQBytes = kChunks * kQChunkBytes, kKvBytes = kStages * (kChunks + kChunksV) * kKvChunkBytes;
   static constexpr int kQStages = 2 * kQBytes + kKvBytes <= 220 << 10 ? 2 : 1;
+  // The first product of a row tile runs while the one before it is written. Not where its queries come too late.
+  static constexpr bool kOverlapEnds = kQStages == 2;
   static_assert(kDim % 16 == 0 && kKeys % 16 == 0, "whole steps of the matrix instruction");
 
   // 65,536 registers: 2 x 232 + 40 or 3 x 160 + 32 a thread of 128. The scores, the output and the probabilities of a

@@ -229,6 +229,7 @@ class PrefillConsumer {
       finish(item, o, state);
       __syncwarp();
       if (elect_one()) shared_.item_empty[slot_.previous()].arrive();
+      if constexpr (!Config::kOverlapEnds) valid = begin(s);
     }
     wgmma_wait<0>();
     if (warpgroup_ == 0) await_turn();  // the last turn that was passed
@@ -249,7 +250,7 @@ class PrefillConsumer {
     wgmma_commit();
     return valid;
   }
-  // A row tile whose first scores were issued. Returns whether another follows; its first scores are issued then.
+  // A row tile whose first scores were issued. With kOverlapEnds: whether another follows; its first scores are issued.
   __device__ __forceinline__ bool multiply(const PrefillItem& item, float (&s)[kKeys / 2], float (&o)[kDimV / 2],
                                            RowState& state) {
     std::uint32_t even[kKeys / 4], odd[kKeys / 4];  // probabilities of every other tile
@@ -299,7 +300,7 @@ class PrefillConsumer {
     if (moved) rescale(o, decay);
     return next;
   }
-  // The last product, and beside it the first of the next row tile, which runs on.
+  // The last product, and with kOverlapEnds beside it the first of the next row tile, which runs on.
   __device__ __forceinline__ bool multiply_last(const PrefillItem& item, TileNote note, float (&s)[kKeys / 2],
                                                 std::uint32_t (&p)[kKeys / 4], float (&o)[kDimV / 2]) {
     shared_.v_full[v_.stage()].wait(v_.parity());
@@ -310,8 +311,9 @@ class PrefillConsumer {
     issue_output(o, p);
     wgmma_commit();
     slot_.advance();
-    const bool more = begin(s);
-    wgmma_wait<1>();
+    bool more = true;
+    if constexpr (Config::kOverlapEnds) more = begin(s);
+    wgmma_wait<Config::kOverlapEnds ? 1 : 0>();
     pin(o);
     pin(p);
     release(shared_.v_empty, v_);
@@ -392,7 +394,7 @@ class PrefillConsumer {
       }
       const float factor = sum == 0.0f ? 0.0f : __fdividef(decay, sum);
       if (params_.lse != nullptr && valid && thread() % 4 == 0) {
-        const float lse = sum == 0.0f ? -INFINITY : (top + log2f(sum)) * kLn2;
+        const float lse = sum == 0.0f ? -INFINITY : (top + __log2f(sum)) * kLn2;
         params_
             .lse[item.q_page * params_.lse_page + head * params_.lse_head + (item.q_first + query) * params_.lse_slot] =
             lse;

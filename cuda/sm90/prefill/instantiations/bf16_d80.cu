@@ -1,0 +1,8 @@
+#include "cuda/sm90/prefill/instantiate.cuh"
+
+namespace heddle::cuda {
+
+extern const PrefillVariant kPrefillBf16D80;
+const PrefillVariant kPrefillBf16D80 = prefill_variant<PrefillConfig<__nv_bfloat16, 80, 80, 2, 128>>();
+
+}  // namespace heddle::cuda
