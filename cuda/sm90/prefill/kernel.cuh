@@ -255,10 +255,11 @@ class PrefillConsumer {
                                            RowState& state) {
     std::uint32_t even[kKeys / 4], odd[kKeys / 4];  // probabilities of every other tile
     TileNote note = read_note();
+    const SeenBits<kKeys / 4> seen = look_at(item, note);
     wgmma_wait<0>();
     pin(s);
     release_scores(note);
-    prepare(item, note, s);
+    prepare(note, seen, s);
     state.template start<T>(s, params_.scale_log2, even);
     while (true) {
       if (note.last()) return multiply_last(item, note, s, even, o);
@@ -287,10 +288,11 @@ class PrefillConsumer {
     issue_output(o, p);
     wgmma_commit();
     pass_turn();
+    const SeenBits<kKeys / 4> seen = look_at(item, next);
     wgmma_wait<1>();
     pin(s);
     release_scores(next);
-    prepare(item, next, s);
+    prepare(next, seen, s);
     const bool moved = state.template update<T, Config::kSpeculative>(s, params_.scale_log2, p_next, decay);
     pin(p_next);  // all of this before the wait, not after
     wgmma_wait<0>();
@@ -343,15 +345,24 @@ class PrefillConsumer {
     }
   }
 
+  // What rows see of a tile, while its scores are still being computed.
+  __device__ __forceinline__ SeenBits<kKeys / 4> look_at(const PrefillItem& item, TileNote note) const {
+    SeenBits<kKeys / 4> seen;
+    if (note.masked()) {
+      const int queries[2] = {query_of(item, row()), query_of(item, row() + 8)};
+      Visibility visibility(params_.pattern, item.q_len, item.kv_len);
+      if (params_.pattern.kind == PatternKind::kBlockMask) visibility.set_mask(item.request, item.q_head);
+      seen.set(visibility, queries, note.tile() * kKeys + accumulator_column(thread()));
+    }
+    seen.pin();
+    return seen;
+  }
   // Softcap and masks.
-  __device__ __forceinline__ void prepare(const PrefillItem& item, TileNote note, float (&s)[kKeys / 2]) {
+  __device__ __forceinline__ void prepare(TileNote note, const SeenBits<kKeys / 4>& seen,
+                                          float (&s)[kKeys / 2]) const {
     if (!note.special()) return;
     map_scores(s, params_.score_map, params_.map_factor);
-    if (!note.masked()) return;
-    const int queries[2] = {query_of(item, row()), query_of(item, row() + 8)};
-    Visibility visibility(params_.pattern, item.q_len, item.kv_len);
-    visibility.set_mask(item.request, item.q_head);
-    mask_scores(s, visibility, queries, note.tile() * kKeys + accumulator_column(thread()));
+    if (note.masked()) seen.apply(s);
   }
   __device__ __forceinline__ void rescale(float (&o)[kDimV / 2], const float (&decay)[2]) const {
 #pragma unroll

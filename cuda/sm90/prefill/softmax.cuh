@@ -41,11 +41,11 @@ class ColumnBits {
 #pragma unroll
     for (int word = 0; word < kWords; ++word) words_[word] |= low_bits(to - 32 * word) & ~low_bits(from - 32 * word);
   }
-  __device__ __forceinline__ void add_column(int column) { add(column, column + 1); }
   __device__ __forceinline__ void keep(const ColumnBits& other) {
 #pragma unroll
     for (int word = 0; word < kWords; ++word) words_[word] &= other.words_[word];
   }
+  __device__ __forceinline__ void pin() { cuda::pin(words_); }
   __device__ __forceinline__ bool operator[](int i) const { return (words_[i / 32] >> i % 32 & 1) != 0; }
 
  private:
@@ -63,56 +63,76 @@ class ColumnBits {
   std::uint32_t words_[kWords] = {};
 };
 
-// Scores that are not seen become -inf. `queries` are those of the thread's two rows; `key` is its first column's.
-template <int N>
-__device__ __forceinline__ void mask_scores(float (&s)[N], const Visibility& visibility, const int (&queries)[2],
-                                            int key) {
-  constexpr int kColumns = N / 2, kKeys = 4 * kColumns;
-  const Pattern& pattern = visibility.pattern;
+// What the thread's two rows see of a tile; a row has kColumns of its scores.
+template <int kColumns>
+struct SeenBits {
+  ColumnBits<kColumns> rows[2];
+
+  // `queries` are those of the two rows; `key` is the thread's first column's.
+  __device__ __forceinline__ void set(const Visibility& visibility, const int (&queries)[2], int key) {
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const int query = queries[row];
-    const Span allowed = visibility.allowed(query);
-    ColumnBits<kColumns> seen;
-    seen.add(allowed.begin - key, allowed.end - key);
-    if (pattern.kind != PatternKind::kNone) {
-      ColumnBits<kColumns> chosen;
-      switch (pattern.kind) {
-        case PatternKind::kNone: break;
-        case PatternKind::kWindowGlobal: {
-          const Span selected = visibility.selected(query);
-          chosen.add(selected.begin - key, selected.end - key);
-          chosen.add(0, pattern.num_global - key);
-          break;
-        }
-        case PatternKind::kStrided: {
-          const int position = query + visibility.offset;
-          chosen.add(position - pattern.width + 1 - key, kKeys);
-          // Multiples of the stride behind the query, from the last one in the tile down.
-          const int last = min(key + kKeys - 1, position), beyond = (position - last) % pattern.stride;
-          const int first = beyond == 0 ? last : last - (pattern.stride - beyond);
-#pragma unroll 1
-          for (int at = first; at >= key; at -= pattern.stride) chosen.add_column(at - key);
-          break;
-        }
-        case PatternKind::kBlockMask: {
-          const int block_row = query / pattern.block_q, end = min(key + kKeys, visibility.kv_len);
-#pragma unroll 1
-          for (int block = key / pattern.block_k; block * pattern.block_k < end; ++block) {
-            const int begin = block * pattern.block_k - key;
-            if (visibility.block(block_row, block)) chosen.add(begin, begin + pattern.block_k);
-          }
-          break;
-        }
+    for (int row = 0; row < 2; ++row) {
+      const Span allowed = visibility.allowed(queries[row]);
+      rows[row].add(allowed.begin - key, allowed.end - key);
+      if (visibility.pattern.kind != PatternKind::kNone) {
+        ColumnBits<kColumns> chosen;
+        choose(visibility, queries[row], key, chosen);
+        rows[row].keep(chosen);
       }
-      seen.keep(chosen);
-    }
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      if (!seen[i]) s[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
     }
   }
-}
+  // Scores that are not seen become -inf.
+  __device__ __forceinline__ void apply(float (&s)[2 * kColumns]) const {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        if (!rows[row][i]) s[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
+      }
+    }
+  }
+  // Has them computed here.
+  __device__ __forceinline__ void pin() {
+    rows[0].pin();
+    rows[1].pin();
+  }
+
+ private:
+  // What the selection alone leaves.
+  __device__ __forceinline__ static void choose(const Visibility& visibility, int query, int key,
+                                                ColumnBits<kColumns>& chosen) {
+    constexpr int kKeys = 4 * kColumns;
+    const Pattern& pattern = visibility.pattern;
+    switch (pattern.kind) {
+      case PatternKind::kNone: break;
+      case PatternKind::kWindowGlobal: {
+        const Span selected = visibility.selected(query);
+        chosen.add(selected.begin - key, selected.end - key);
+        chosen.add(0, pattern.num_global - key);
+        break;
+      }
+      case PatternKind::kStrided: {
+        const int position = query + visibility.offset;
+        chosen.add(position - pattern.width + 1 - key, kKeys);
+        // Multiples of the stride behind the query, from the last one in the tile down.
+        const int last = min(key + kKeys - 1, position), beyond = (position - last) % pattern.stride;
+        const int first = beyond == 0 ? last : last - (pattern.stride - beyond);
+#pragma unroll 1
+        for (int at = first; at >= key; at -= pattern.stride) chosen.add(at - key, at - key + 1);
+        break;
+      }
+      case PatternKind::kBlockMask: {
+        const int block_row = query / pattern.block_q, end = min(key + kKeys, visibility.kv_len);
+#pragma unroll 1
+        for (int block = key / pattern.block_k; block * pattern.block_k < end; ++block) {
+          const int begin = block * pattern.block_k - key;
+          if (visibility.block(block_row, block)) chosen.add(begin, begin + pattern.block_k);
+        }
+        break;
+      }
+    }
+  }
+};
 
 // Whether one of the two 16-bit numbers is 2 or more, infinity or NaN: then, and of numbers that are not negative, the
 // upper bit of its exponent is set. In both formats that is bit 14.
