@@ -481,6 +481,7 @@ class PrefillConsumer {
   }
 
   __device__ __forceinline__ void release(Barrier (&empty)[Config::kStages], RingPosition<Config::kStages>& at) {
+    __syncwarp();  // all lanes have read what they wanted
     if (elect_one()) empty[at.stage()].arrive();
     at.advance();
   }
