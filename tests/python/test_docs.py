@@ -240,6 +240,14 @@ def merged(backend):
         check(part)
 
 
+def shared(backend):
+    q, k, v = arrays()
+    cache = heddle.KVCache(10, 4, 2, 8)
+    pages = np.arange(8, dtype=np.int32).reshape(2, 4)
+    lengths = cache.append(k, v, pages, np.zeros(2, np.int32))
+    check(heddle.decode_cascade(q, cache, pages, lengths, [(pages[:1], lengths[:1])], backend=backend))
+
+
 def schedules(backend):
     for kind, split_size in itertools.product(("tile", "static", "stealing"), (0, 64)):
         attend(backend, schedule=heddle.Schedule(kind, split_size))
@@ -271,6 +279,7 @@ ROWS: dict[str, Callable[[str], None]] = {
     ),
     "Bernoulli scores": bernoulli,
     "merge of partial results": merged,
+    "shared prefixes (cascade decode)": shared,
     "tile, static, stealing; split size": schedules,
 }
 
@@ -289,6 +298,7 @@ SM90 = {
     "softcap, sinks, lse": "yes",
     "group sizes of any kind, Dv other than D": "any group; Dv other than D in prefill",
     "merge of partial results": "float32, float16, bfloat16",
+    "shared prefixes (cascade decode)": "as decode; not yet run on a GPU",
     "tile, static, stealing; split size": "yes; split size in decode",
 }
 
