@@ -4,8 +4,8 @@ Each function returns a Selection for the argument `selection` of heddle.attenti
 request with Sq queries and Sk keys stands at position p = i + Sk - Sq; a key is read if causal, window and the
 selection all allow it.
 
-Patterns are known in advance: window, strided, block_mask, tokens, page_list. The others look at a call's queries and keys. They
-take what the call will get, and run on the host:
+Patterns are known in advance: window, strided, block_mask, tokens, page_list. The others look at a call's queries and
+keys. They take what the call will get, and run on the host:
 
     q, k, v       as in heddle.attention: arrays or QuantizedTensor, [B, S, H, D], or packed with cu_seqlens_q and
                   cu_seqlens_k. Or k is a heddle.KVCache, with block_table and seq_lens as in heddle.decode and no v.
