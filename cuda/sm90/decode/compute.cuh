@@ -47,7 +47,6 @@ class Math {
   }
 
   __device__ void run() {
-    const int first_slice = warp_ / slice_sets_ / p_.row_groups * tile_slices_;  // of its head
     int stage = 0, phase = 0, slot = 0, slot_phase = 0;
     while (true) {
       shared_.work_full[slot].wait(slot_phase);
@@ -62,6 +61,8 @@ class Math {
       if (item.unit == kNoUnit) return;
       start();
       const int all_see_to = min(work_.all_see_to, item.end);
+      // Of its head. Found anew for each item: a register that is kept over all of them is one too many.
+      const int first_slice = warp_ / slice_sets_ / p_.row_groups * tile_slices_;
       int first =
           warp_ % slice_sets_;  // of the slices of its head, numbered through, this warp takes every slice_sets_-th
       int begin = item.begin;
