@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "heddle/backend.h"
 #include "heddle/tensor.h"
@@ -41,6 +42,12 @@ void synchronize(int device);  // waits for all work of the device
 // Copies after the stream's earlier work, and waits for it. Throw kValue if the stream is being captured.
 void copy_to_host(void* to, const void* from, std::int64_t bytes, int device, void* stream);
 void copy_to_device(void* to, const void* from, std::int64_t bytes, int device, void* stream);
+
+// Calls `enqueue` with at least `bytes` of memory that the stream's work may use until the next call for the same
+// purpose and stream (cuda/common/workspace.h). Calls for one stream and purpose exclude each other, so that what they
+// enqueue stays together.
+void with_workspace(const char* purpose, int device, void* stream, std::int64_t bytes,
+                    const std::function<void(void*)>& enqueue);
 
 // Rows of floats [batch, tokens, heads, dim], strides in elements; a packed batch is a batch of one.
 struct FloatRows {

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cuda_runtime_api.h>
-#include <functional>
 
 namespace heddle::cuda {
 
@@ -16,11 +15,6 @@ namespace heddle::cuda {
 // A stream that is being captured works on memory that belongs to its graph, so that graphs may be replayed side by
 // side, on any stream. The purpose has it again when the graph and all that were instantiated from it are destroyed.
 std::byte* workspace(const char* purpose, cudaStream_t stream, std::size_t bytes);
-
-// Calls `enqueue` with it. Calls for one stream and purpose exclude each other, so that what they enqueue stays
-// together.
-void with_workspace(const char* purpose, int device, void* stream, std::int64_t bytes,
-                    const std::function<void(void*)>& enqueue);
 
 // Kernels may count on so many zeros of new memory, and leave them as zeros.
 inline constexpr std::size_t kZeroedBytes = 16 << 10;

@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "arguments.h"
 #include "module.h"
@@ -166,6 +167,63 @@ py::object decode(py::object q_, py::object cache_, py::object block_table_, py:
   const py::tuple reads = py::make_tuple(v_rows.object, k_features.object);
   if (lse.given()) return py::make_tuple(out.object, lse.object, reads);
   return py::make_tuple(out.object, reads);
+}
+
+// prefixes: a list of (block_table, seq_lens, cu_requests).
+py::object decode_cascade(py::object q_, py::object cache_, py::object block_table_, py::object seq_lens_,
+                          py::list prefixes_, py::object causal, py::object softcap, py::object scale,
+                          py::object sinks_, py::object return_lse, py::object out_, py::object backend,
+                          py::object schedule) {
+  if (!py::isinstance<SharedCache>(cache_)) {
+    check::fail(ErrorCode::kDType, "cache", check::text("got ", describe(cache_), "; allowed is heddle.KVCache"));
+  }
+  auto& shared = cache_.cast<SharedCache&>();
+  const CacheConfig& config = shared.cache.config();
+  const Array q = array(q_, "q");
+  const Array block_table = array(block_table_, "block_table"), seq_lens = array(seq_lens_, "seq_lens");
+  const Array sinks = optional_array(sinks_, "sinks");
+  std::vector<Array> arrays;  // keeps them
+  std::vector<SharedPrefix> prefixes;
+  for (const py::handle level : prefixes_) {
+    const auto parts = py::reinterpret_borrow<py::tuple>(level);
+    for (const py::handle part : parts) arrays.push_back(array(part, "prefixes"));
+    const Array* last = &arrays.back();
+    prefixes.push_back({.block_table = last[-2].view, .seq_lens = last[-1].view, .cu_requests = last->view});
+  }
+  Array out = output_array(out_, "out");
+  require_same_kind(out, "out", q, "q");
+  check::rank("q", q.view, 4);
+  const auto& shape = q.view.shape;
+  if (!out.given()) out = empty(std::array{shape[0], shape[1], shape[2], config.head_dim_v}, q.view.dtype, q);
+  Array lse;
+  if (to_bool(return_lse, "return_lse")) {
+    lse = empty(std::array{shape[0], shape[2], shape[1]}, DType::kFloat32, q);
+  }
+  const DecodeParams params{.q = q.view,
+                            .cache = &shared.cache,
+                            .block_table = block_table.view,
+                            .seq_lens = seq_lens.view,
+                            .out = out.view,
+                            .lse = lse.view,
+                            .causal = to_bool(causal, "causal"),
+                            .softcap = to_float(softcap, "softcap"),
+                            .scale = to_optional_float(scale, "scale"),
+                            .sinks = sinks.view,
+                            .backend = to_backend(backend),
+                            .schedule = to_schedule(schedule),
+                            .stream = current_stream(q)};
+  {
+    const py::gil_scoped_release release;
+    std::shared_lock reading(shared.mutex);
+    if (config.format == CacheFormat::kInt8Baseline && !shared.cache.q_calibrated()) {
+      reading.unlock();  // the first decode writes the scale of Q
+      const std::unique_lock writing(shared.mutex);
+      heddle::decode_cascade(params, prefixes);
+    } else {
+      heddle::decode_cascade(params, prefixes);
+    }
+  }
+  return lse.given() ? py::object(py::make_tuple(out.object, lse.object)) : out.object;
 }
 
 py::object plan_decode(py::object q_, py::object cache_, py::object block_table_, py::object seq_lens_,
@@ -348,6 +406,7 @@ Values beyond a scale saturate and are counted. HeddleValueError once the cache 
       .def("__repr__", &repr);
   py::class_<DecodePlan>(m, "DecodePlan", "What heddle.plan_decode makes; the argument `plan` of heddle.decode.");
   m.def("decode", &decode);
+  m.def("decode_cascade", &decode_cascade);
   m.def("plan_decode", &plan_decode);
 }
 

@@ -34,6 +34,9 @@ std::string describe_selection(const Selection& selection) {
         } else if constexpr (std::is_same_v<K, select::Tokens>) {
           return check::text("Selection.tokens(indices=", kind.indices.shape_string(),
                              ", lengths=", kind.lengths.given() ? kind.lengths.shape_string() : "None", ")");
+        } else if constexpr (std::is_same_v<K, select::PageList>) {
+          return check::text("Selection.page_list(indices=", kind.indices.shape_string(),
+                             ", lengths=", kind.lengths.given() ? kind.lengths.shape_string() : "None", ")");
         } else {
           return "Selection()";
         }
@@ -82,6 +85,20 @@ Selection block_mask(py::object mask, py::object block) {
   return Selection::block_mask(array_of_mask.view, sides[0], sides[1], keep_alive(array_of_mask));
 }
 
+// Of token lists and page lists.
+template <auto OfTokens, auto OfPages>
+py::object list_storage(const py::object& self) {
+  const bool pages = std::holds_alternative<select::PageList>(self.cast<const Selection&>().kind());
+  return pages ? storage<select::PageList, OfPages>(self) : storage<select::Tokens, OfTokens>(self);
+}
+
+Selection page_list(py::object indices, py::object lengths) {
+  const Array array_of_indices = array(indices, "indices");
+  const Array array_of_lengths = optional_array(lengths, "lengths");
+  return Selection::page_list(array_of_indices.view, array_of_lengths.view,
+                              keep_alive(array_of_indices, array_of_lengths));
+}
+
 Selection tokens(py::object indices, py::object lengths) {
   const Array array_of_indices = array(indices, "indices");
   const Array array_of_lengths = optional_array(lengths, "lengths");
@@ -96,11 +113,11 @@ void bind_select(py::module_& m) {
 
 Made by the functions of heddle.select; the argument `selection` of heddle.attention and heddle.decode. Its arrays are
 read where they lie at every call, and kept alive.)")
-      .def_property_readonly(
-          "indices", &storage<select::Tokens, &select::Tokens::indices>,
-          "The token lists, int32 [B, Hkv, n] or [B, Sq, Hkv, n] (packed: [total_q, Hkv, n]), ascending, "
-          "padded with -1: a read-only numpy array that shares the selection's memory, or None.")
-      .def_property_readonly("lengths", &storage<select::Tokens, &select::Tokens::lengths>,
+      .def_property_readonly("indices", &list_storage<&select::Tokens::indices, &select::PageList::indices>,
+                             "The token lists (or page lists), int32 [B, Hkv, n] or [B, Sq, Hkv, n] (packed: [total_q, "
+                             "Hkv, n]), ascending, "
+                             "padded with -1: a read-only numpy array that shares the selection's memory, or None.")
+      .def_property_readonly("lengths", &list_storage<&select::Tokens::lengths, &select::PageList::lengths>,
                              "How many entries of each list count, or None.")
       .def_property_readonly("mask", &storage<select::BlockMask, &select::BlockMask::mask>,
                              "The block mask, bool [nQ, nK], [H, nQ, nK] or [B, H, nQ, nK], or None.")
@@ -119,6 +136,7 @@ was not made for a call.)")
   });
   m.def("select_block_mask", &block_mask);
   m.def("select_tokens", &tokens);
+  m.def("select_page_list", &page_list);
 }
 
 }  // namespace heddle::python

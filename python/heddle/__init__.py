@@ -9,7 +9,7 @@ DLPack, without copies.
 import os
 
 from heddle import select
-from heddle._attention import attention, decode, merge, plan_decode
+from heddle._attention import SharedPrefix, attention, decode, decode_cascade, merge, plan_decode
 from heddle._core import (
     DecodePlan,
     KVCache,
@@ -55,12 +55,14 @@ __all__ = [
     "Sampling",
     "Schedule",
     "Selection",
+    "SharedPrefix",
     "__version__",
     "advise",
     "attention",
     "available_backends",
     "available_host_isas",
     "decode",
+    "decode_cascade",
     "host_isa",
     "last_kernel",
     "merge",

@@ -1,16 +1,16 @@
-"""attention(), decode() and merge()."""
+"""attention(), decode(), decode_cascade() and merge()."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from heddle import _core
 from heddle._core import DecodePlan, KVCache, Sampling, Schedule, Selection
-from heddle._errors import HeddleValueError, refuse
+from heddle._errors import HeddleTypeError, HeddleValueError, refuse
 from heddle._quantize import quantize_operands
 
 Window = int | tuple[int | None, int | None]
@@ -193,6 +193,84 @@ def decode(
         schedule,
         plan,
     )
+
+
+class SharedPrefix(NamedTuple):
+    """A level of shared prefixes for decode_cascade(): requests share the tokens that lie in front of their own.
+
+    block_table: int32 [G, max_pages]: the pages of each of the G prefixes, as in decode().
+    seq_lens: int32 [G]: their tokens; 0 shares nothing.
+    cu_requests: int32 [G + 1], an array on the CPU or a list: prefix g belongs to the requests cu_requests[g] up to
+        cu_requests[g + 1] of the batch. None: G is 1, and all requests share it.
+    """
+
+    block_table: Any
+    seq_lens: Any
+    cu_requests: Any = None
+
+
+def decode_cascade(
+    q: Any,
+    cache: KVCache,
+    block_table: Any,
+    seq_lens: Any,
+    prefixes: Sequence[SharedPrefix],
+    *,
+    causal: bool = True,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: Any = None,
+    return_lse: bool = False,
+    out: Any = None,
+    backend: str | None = None,
+    schedule: str | Schedule | None = None,
+) -> Any:
+    """Decode of requests that share prefixes of their tokens: a prefix is read once for all of its requests.
+
+    The queries of a prefix's requests attend to it as those of a single request, each request attends to its own
+    tokens as in decode(), and merge() puts the parts together by their lse, exactly. Parts are of q's dtype.
+
+    Args:
+        q: [B, Sq, Hq, D], as decode(); with Sq > 1, requests follow each other in memory as their queries do.
+        cache: holds prefixes and the requests' own tokens.
+        block_table, seq_lens: as decode(), of each request's own tokens: those behind its prefixes, the new ones
+            included.
+        prefixes: a SharedPrefix, or a tuple of its fields, for each level: a system prompt for the whole batch, then a
+            document for some of its requests. The order does not matter. Without any, this is decode().
+
+    The other arguments are those of decode(). Every query sees all of its prefixes, whatever causal says. So the result
+    is decode() over prefixes and own tokens one after the other, as long as seq_lens[b] >= Sq (or Sq is 1). There are
+    no windows and no selections: where they begin depends on the request. sinks count once.
+
+    Returns:
+        out [B, Sq, Hq, Dv] of q's dtype, kind and device; with return_lse also lse, float32 [B, Hq, Sq].
+
+    With a cache on a GPU only cu_requests lies on the CPU. The call is queued on the current stream: decodes, one for
+    each level and run of groups of equal size, and a merge, which is what heddle.last_kernel() names.
+
+    Raises:
+        HeddleValueError, HeddleTypeError, HeddleNotImplementedError: as decode(); .argument is "prefixes[i].seq_lens",
+            for one.
+
+    Source: Hydragen (Juravsky et al., arXiv 2402.05099); levels as in FlashInfer's cascade (Ye et al., arXiv
+    2501.01005).
+    """
+    levels = [_level(prefix, i, q) for i, prefix in enumerate(prefixes)]
+    return _core.decode_cascade(
+        q, cache, block_table, seq_lens, levels, causal, softcap, scale, sinks, return_lse, out, backend, schedule
+    )
+
+
+def _level(prefix: Any, i: int, q: Any) -> tuple[Any, Any, Any]:
+    if not isinstance(prefix, tuple) or not 2 <= len(prefix) <= 3:
+        allowed = "allowed are heddle.SharedPrefix and tuples of (block_table, seq_lens, cu_requests)"
+        raise refuse(HeddleTypeError, "dtype", f"prefixes[{i}]", f"got {type(prefix).__name__}; {allowed}")
+    table, lens, cu_requests = SharedPrefix(*prefix)
+    if cu_requests is None:
+        cu_requests = [0, len(q)]
+    if isinstance(cu_requests, (list, tuple)):
+        cu_requests = np.asarray(cu_requests, np.int32)
+    return table, lens, cu_requests
 
 
 def plan_decode(

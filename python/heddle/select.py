@@ -4,8 +4,8 @@ Each function returns a Selection for the argument `selection` of heddle.attenti
 request with Sq queries and Sk keys stands at position p = i + Sk - Sq; a key is read if causal, window and the
 selection all allow it.
 
-Patterns are known in advance: window, strided, block_mask, tokens. The others look at a call's queries and keys. They
-take what the call will get, and run on the host:
+Patterns are known in advance: window, strided, block_mask, tokens, page_list. The others look at a call's queries and
+keys. They take what the call will get, and run on the host:
 
     q, k, v       as in heddle.attention: arrays or QuantizedTensor, [B, S, H, D], or packed with cu_seqlens_q and
                   cu_seqlens_k. Or k is a heddle.KVCache, with block_table and seq_lens as in heddle.decode and no v.
@@ -32,6 +32,7 @@ __all__ = [
     "block_topk",
     "indexer",
     "mass",
+    "page_list",
     "pages",
     "stem",
     "strided",
@@ -90,6 +91,23 @@ def tokens(indices: Any, lengths: Any = None) -> Selection:
     the entries.
     """
     return _core.select_tokens(indices, lengths)
+
+
+def page_list(indices: Any, lengths: Any = None) -> Selection:
+    """Whole pages of a cache, for heddle.decode: of page p of a request the tokens p * page_size and on that it has.
+
+    Args:
+        indices: int32 [B, Hkv, n], or [B, 1, n] for all heads: pages of each request as block_table counts them.
+            Ascending, without repeats, padded with -1 at the end. Read where it lies at every call.
+        lengths: int32 [B, Hkv] (or [B, 1]): how many entries count. Optional.
+
+    Causality and windows apply to the tokens as they do to a list of them. On the CPU: with a cache on a GPU, and in
+    heddle.attention, HeddleNotImplementedError.
+
+    Raises HeddleTypeError for another dtype, HeddleValueError for a wrong rank; the call that uses the selection checks
+    the entries.
+    """
+    return _core.select_page_list(indices, lengths)
 
 
 def topk(

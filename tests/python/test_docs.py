@@ -151,6 +151,15 @@ def token_lists(backend):
         attend(backend, selection=select.tokens(indices))
 
 
+def page_lists(backend):
+    q, k, v = arrays()
+    cache = heddle.KVCache(10, 4, 2, 8)
+    pages = np.arange(8, dtype=np.int32).reshape(2, 4)
+    lengths = cache.append(k, v, pages, np.zeros(2, np.int32))
+    lists = np.array([[[0, 1]], [[1, -1]]], np.int32)
+    check(heddle.decode(q, cache, pages, lengths, selection=heddle.select.page_list(lists), backend=backend))
+
+
 def chosen_tokens(backend):
     q, k, v = arrays()
     index = (q[:, :, :3], k[:, :, 0], np.ones((2, 6, 3), np.float32))
@@ -240,6 +249,14 @@ def merged(backend):
         check(part)
 
 
+def shared(backend):
+    q, k, v = arrays()
+    cache = heddle.KVCache(10, 4, 2, 8)
+    pages = np.arange(8, dtype=np.int32).reshape(2, 4)
+    lengths = cache.append(k, v, pages, np.zeros(2, np.int32))
+    check(heddle.decode_cascade(q, cache, pages, lengths, [(pages[:1], lengths[:1])], backend=backend))
+
+
 def schedules(backend):
     for kind, split_size in itertools.product(("tile", "static", "stealing"), (0, 64)):
         attend(backend, schedule=heddle.Schedule(kind, split_size))
@@ -253,6 +270,7 @@ ROWS: dict[str, Callable[[str], None]] = {
     "strided": lambda backend: attend(backend, selection=select.strided(2, 3)),
     "block mask: any block, per batch, KV head or query head": block_masks,
     "token list, per request or per query": token_lists,
+    "page list, per request (decode)": page_lists,
     "chosen at run time, tokens: by QK, OAM, leave-one-out, page bounds, DSA indexer": chosen_tokens,
     "chosen at run time, blocks: by Stem, block top-k, XAttention, vertical-slash": chosen_blocks,
     "contiguous, any strides": strided_views,
@@ -271,6 +289,7 @@ ROWS: dict[str, Callable[[str], None]] = {
     ),
     "Bernoulli scores": bernoulli,
     "merge of partial results": merged,
+    "shared prefixes (cascade decode)": shared,
     "tile, static, stealing; split size": schedules,
 }
 
@@ -289,6 +308,7 @@ SM90 = {
     "softcap, sinks, lse": "yes",
     "group sizes of any kind, Dv other than D": "any group; Dv other than D in prefill",
     "merge of partial results": "float32, float16, bfloat16",
+    "shared prefixes (cascade decode)": "as decode; not yet run on a GPU",
     "tile, static, stealing; split size": "yes; split size in decode",
 }
 

@@ -294,3 +294,48 @@ def test_a_plan_for_the_layers_of_a_step(rng, table):
         graph.replay()
         expected = heddle.decode(q, gpu, table_gpu, seq_lens)
         assert all(torch.equal(out, expected) for out in outs)
+
+
+@pytest.mark.parametrize("format", FORMATS[1:])
+def test_cascade(rng, format):
+    """Two levels of shared prefixes, captured once, with lengths that change between replays."""
+    host, gpu = caches(format)
+    table = torch.randperm(12, generator=torch.Generator().manual_seed(1)).int()
+    # A prefix of two pages for all, two of two and one for some, and own tokens of one page a request.
+    tables = [table[:2].reshape(1, 2), table[2:6].reshape(2, 2), table[6:10].reshape(4, 1)]
+    for t in tables:
+        k, v = (to_torch(normal(rng, len(t), t.shape[1] * 16, 2, 64)).bfloat16() for _ in range(2))
+        start = torch.zeros(len(t), dtype=torch.int32)
+        host.append(k, v, t, start)
+        gpu.append(k.cuda(), v.cuda(), t.cuda(), start.cuda())
+    q = to_torch(normal(rng, 4, 2, 8, 64)).to(torch.float16 if format == "fp16" else torch.bfloat16)
+    sinks = to_torch(normal(rng, 8))
+    cu = [None, [0, 1, 4]]
+
+    def lens(own, shared, middle):
+        return [torch.tensor(x, dtype=torch.int32) for x in (shared, middle, own)]
+
+    steps = [lens([16, 2, 9, 7], [32], [32, 5]), lens([3, 4, 16, 2], [1], [0, 17]), lens([2, 2, 2, 2], [0], [31, 32])]
+    device = [x.cuda() for x in steps[0]]
+    options = {"sinks": sinks.cuda(), "softcap": 5.0, "return_lse": True}
+
+    def call():
+        prefixes = [(tables_gpu[i], device[i], cu[i]) for i in range(2)]
+        return heddle.decode_cascade(q_gpu, gpu, tables_gpu[2], device[2], prefixes, **options)
+
+    tables_gpu, q_gpu = [t.cuda() for t in tables], q.cuda()
+    supported(call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = call()
+    for step in steps:
+        for x, y in zip(device, step, strict=True):
+            x.copy_(y)
+        graph.replay()
+        prefixes = [(tables[i], step[i], cu[i]) for i in range(2)]
+        expected, expected_lse = heddle.decode_cascade(
+            q, host, tables[2], step[2], prefixes, backend="reference", **options | {"sinks": sinks}
+        )
+        torch.testing.assert_close(out.cpu(), expected, rtol=3e-2, atol=3e-2)
+        torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-2, atol=1e-2)

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 
 #include "heddle/backend.h"
 #include "heddle/cache.h"
@@ -62,5 +63,20 @@ HEDDLE_API void decode(const DecodeParams& params);
 // stream, so that a captured step plans anew at every replay. Outputs need not be given. Allocates when the plan needs
 // more memory than before. decode() without a plan makes its own.
 HEDDLE_API void plan_decode(const DecodeParams& params, DecodePlan& plan);
+
+// A level of shared prefixes: requests cu_requests[g] up to cu_requests[g + 1] of the batch have the tokens of group g
+// in front of their own. block_table int32 [G, max_pages] and seq_lens int32 [G] as in DecodeParams, where q lies;
+// cu_requests int32 [G + 1], from 0 to the batch, always on the CPU. A group of length 0 shares nothing.
+struct SharedPrefix {
+  TensorView block_table{}, seq_lens{}, cu_requests{};
+};
+
+// Cascade: decode of requests that share prefixes, each of which is read once for all requests of its group. `params`
+// has the requests' own tokens, those behind the prefixes, the new ones included. Every query sees all of its prefixes,
+// and its own tokens as in decode(). So the result is decode() over prefixes and own tokens one after the other, as
+// long as the own ones include the new ones (or there is one query). Levels are merged by their lse, exactly; partial
+// results are of q's dtype. Sinks count once. Throws kUnsupported for a window, a selection, sampling or a plan.
+// Hydragen (arXiv 2402.05099); the levels are those of FlashInfer's cascade (arXiv 2501.01005).
+HEDDLE_API void decode_cascade(const DecodeParams& params, std::span<const SharedPrefix> prefixes);
 
 }  // namespace heddle

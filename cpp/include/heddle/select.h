@@ -55,11 +55,20 @@ struct Tokens {
   bool per_query = false;
 };
 
+// indices: int32 [B, Hkv, n], or [B, 1, n] for all heads: logical pages of each request, page p holding its tokens
+// p * page_size and on, of which those it has are read. Ascending, without repeats, -1 pads at the end. lengths: int32
+// [B, Hkv], optional. For decode(), with a cache on the CPU.
+struct PageList {
+  TensorView indices{};
+  TensorView lengths{};
+};
+
 }  // namespace select
 
 class HEDDLE_API Selection {
  public:
-  using Kind = std::variant<std::monostate, select::WindowGlobal, select::Strided, select::BlockMask, select::Tokens>;
+  using Kind = std::variant<std::monostate, select::WindowGlobal, select::Strided, select::BlockMask, select::Tokens,
+                            select::PageList>;
 
   Selection() = default;  // every key
   static Selection window(std::optional<std::int64_t> left, std::optional<std::int64_t> right = 0,
@@ -70,6 +79,7 @@ class HEDDLE_API Selection {
                               std::shared_ptr<const void> owner = {});
   static Selection tokens(TensorView indices, TensorView lengths = {}, std::shared_ptr<const void> owner = {},
                           bool per_query = false);
+  static Selection page_list(TensorView indices, TensorView lengths = {}, std::shared_ptr<const void> owner = {});
 
   const Kind& kind() const noexcept { return kind_; }
 

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -268,7 +270,7 @@ void check_block_mask(const select::BlockMask& selection, const Problem& problem
 // `place` says where it is, for the message.
 template <class Place>
 void check_token_list(const std::int32_t* list, std::int64_t capacity, const std::int32_t* length, std::int64_t kv_len,
-                      const Place& place) {
+                      const Place& place, std::string_view what = "token") {
   if (length != nullptr && (*length < 0 || *length > capacity)) {
     check::fail(ErrorCode::kValue, "lengths",
                 check::text(*length, " for ", place(), "; allowed are 0 to ", capacity, ", the last axis of indices"));
@@ -285,12 +287,12 @@ void check_token_list(const std::int32_t* list, std::int64_t capacity, const std
   for (std::int64_t i = 0; i < n; ++i) {
     if (list[i] < 0 || list[i] >= kv_len) {
       check::fail(ErrorCode::kValue, "indices",
-                  check::text("token ", list[i], " at ", i, " of ", place(), "; allowed are 0 to ", kv_len - 1,
+                  check::text(what, " ", list[i], " at ", i, " of ", place(), "; allowed are 0 to ", kv_len - 1,
                               list[i] == -1 ? " (-1 pads only at the end)" : ""));
     }
     if (list[i] <= previous) {
       check::fail(ErrorCode::kValue, "indices",
-                  check::text("token ", list[i], " at ", i, " of ", place(), " follows ", previous,
+                  check::text(what, " ", list[i], " at ", i, " of ", place(), " follows ", previous,
                               "; allowed are ascending lists without repeats"));
     }
     previous = list[i];
@@ -352,9 +354,79 @@ void check_tokens(const select::Tokens& selection, const Problem& problem, std::
   }
 }
 
+// Makes a page list the token lists that it stands for, 4 bytes beside the hundreds that each token's key and value
+// take. On the CPU: the requests are known.
+void expand_pages(Problem& problem) {
+  const auto* sel = std::get_if<select::PageList>(&problem.selection->kind());
+  if (sel == nullptr) return;
+  if (!on_cpu(problem)) {
+    check::fail(ErrorCode::kUnsupported, "selection",
+                check::text("a page list on ", to_string(problem.device), "; allowed there are token lists"));
+  }
+  const TensorView &indices = sel->indices, &lengths = sel->lengths;
+  check::index_array("indices", indices, problem.device, "q");
+  check::rank("indices", indices, 3);
+  check::axis("indices", indices, 0, "batch", problem.batch(), "the requests");
+  if (indices.shape[1] != 1) {
+    check::axis("indices", indices, 1, "heads", problem.num_kv_heads, "the KV heads (or 1: all alike)");
+  }
+  const std::int64_t heads = indices.shape[1], capacity = indices.shape[2], page = problem.page_size;
+  if (lengths.given()) {
+    check::given("lengths", lengths);
+    check::dtype("lengths", lengths, {DType::kInt32});
+    check::device("lengths", lengths, problem.device, "q");
+    check::shape("lengths", lengths, {indices.shape[0], heads});
+  }
+  // Of each list, its pages and their tokens: only a request's last page may be short.
+  std::vector<std::span<const std::int32_t>> lists;
+  std::vector<std::int64_t> counts;
+  std::int64_t most = 0;
+  for (std::int64_t b = 0; b < problem.batch(); ++b) {
+    const std::int64_t kv_len = problem.requests[b].kv_len;
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const std::int32_t* list = indices.as<const std::int32_t>() + b * indices.strides[0] + h * indices.strides[1];
+      const std::int32_t* length =
+          lengths.given() ? lengths.as<const std::int32_t>() + b * lengths.strides[0] + h * lengths.strides[1]
+                          : nullptr;
+      const auto place = [&] { return check::text("request ", b, ", KV head ", h); };
+      check_token_list(list, capacity, length, ceil_div(kv_len, page), place, "page");
+      const std::int32_t* end =
+          length != nullptr ? list + *length
+                            : std::partition_point(list, list + capacity, [](std::int32_t p) { return p >= 0; });
+      lists.emplace_back(list, end);
+      const auto pages = static_cast<std::int64_t>(lists.back().size());
+      counts.push_back(pages == 0 ? 0 : (pages - 1) * page + std::min(page, kv_len - end[-1] * page));
+      most = std::max(most, counts.back());
+    }
+  }
+  const std::int64_t rows = static_cast<std::int64_t>(lists.size());
+  auto memory = std::make_shared_for_overwrite<std::int32_t[]>(static_cast<std::size_t>(rows * (most + 1) + 1));
+  std::int32_t *const token_lengths = memory.get(), *const tokens = token_lengths + rows;
+  for_ranges(rows, rows * most, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t row = first; row < last; ++row) {
+      const std::int64_t count = counts[static_cast<std::size_t>(row)];
+      token_lengths[row] = static_cast<std::int32_t>(count);
+      std::int32_t* out = tokens + row * most;
+      std::int32_t* const end = out + count;
+      for (const std::int32_t p : lists[static_cast<std::size_t>(row)]) {
+        auto token = static_cast<std::int32_t>(p * page);
+        for (std::int64_t i = 0; i < page && out < end; ++i) *out++ = token++;
+      }
+    }
+  });
+  problem.listed_pages = std::make_shared<const Selection>(
+      Selection::tokens(TensorView(tokens, DType::kInt32, {problem.batch(), heads, most}),
+                        TensorView(token_lengths, DType::kInt32, {problem.batch(), heads}), memory));
+  problem.selection = problem.listed_pages.get();
+}
+
 // The requests are known, or as much of them as the host can. num_tokens: Sq, or all queries of a packed batch. Windows
 // and strides were checked when the selection was made.
 void check_selection(const Problem& problem, std::int64_t num_tokens) {
+  if (problem.listed_pages != nullptr) return;  // checked as pages
+  if (std::holds_alternative<select::PageList>(problem.selection->kind())) {
+    check::fail(ErrorCode::kUnsupported, "selection", "a page list in attention; allowed is decode over a paged cache");
+  }
   if (const auto* mask = std::get_if<select::BlockMask>(&problem.selection->kind())) check_block_mask(*mask, problem);
   if (const auto* tokens = std::get_if<select::Tokens>(&problem.selection->kind())) {
     check_tokens(*tokens, problem, num_tokens);
@@ -504,6 +576,7 @@ Problem problem_of(const DecodeParams& params, bool outputs) {
                                 .q_page = b,
                                 .pages = table.as<const std::int32_t>() + b * table.strides[0]});
   }
+  expand_pages(problem);
   check_selection(problem, q.shape[1]);
   if (problem.on_device.size > 0) problem.requests.clear();  // read for the checks alone
 
@@ -563,7 +636,8 @@ std::vector<std::int64_t> plan_key(const Problem& p, const Row& row, const Tenso
   if (const auto* mask = std::get_if<select::BlockMask>(&p.selection->kind())) {
     key.insert(key.end(), {address(mask->mask.data), mask->block_q, mask->block_k});
   }
-  if (const auto* tokens = std::get_if<select::Tokens>(&p.selection->kind())) {
+  const auto* tokens = std::get_if<select::Tokens>(&p.selection->kind());
+  if (tokens != nullptr && p.listed_pages == nullptr) {
     key.insert(key.end(), {address(tokens->indices.data), address(tokens->lengths.data)});
   }
   return key;

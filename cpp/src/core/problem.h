@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -106,6 +107,7 @@ struct Problem {
   double scale = 1.0;
   const float* sinks = nullptr;  // [num_q_heads]
   const Selection* selection = nullptr;
+  std::shared_ptr<const Selection> listed_pages;  // the token lists that a page list became; `selection` is then this
   bool packed = false;
   // int8 caches: quantize each query row on the way, by max|q| / 127 of the row, or by a static scale: q_static_scale >
   // 0, or on a device the number that lies at q_static_scale_on_device.

@@ -21,6 +21,7 @@ void synchronize(int) { refuse(); }
 void copy_to_host(void*, const void*, std::int64_t, int, void*) { refuse(); }
 void copy_to_device(void*, const void*, std::int64_t, int, void*) { refuse(); }
 std::uint32_t max_abs_bits(const FloatRows&, const std::int32_t*, int, void*) { refuse(); }
+void with_workspace(const char*, int, void*, std::int64_t, const std::function<void(void*)>&) { refuse(); }
 void launch_append(const AppendArgs&) { refuse(); }
 
 }  // namespace heddle::cuda

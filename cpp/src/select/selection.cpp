@@ -83,6 +83,13 @@ Selection Selection::tokens(TensorView indices, TensorView lengths, std::shared_
   return s;
 }
 
+Selection Selection::page_list(TensorView indices, TensorView lengths, std::shared_ptr<const void> owner) {
+  check::rank("indices", indices, 3);
+  Selection s = tokens(indices, lengths, std::move(owner));  // arrays of the same form
+  s.kind_ = select::PageList{indices, lengths};
+  return s;
+}
+
 Selection Selection::with_density(double density) const {
   Selection s = *this;
   s.density_ = density;
