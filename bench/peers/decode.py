@@ -15,11 +15,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import DEVICE, Flush, Report, difference, records
+from gpu import DEVICE, Flush, Report, difference, run_script
 
 import heddle
 
@@ -158,30 +157,8 @@ def compare(report: Report, name: str, times: dict[str, float]) -> None:
     report.compare(name, times, "heddle int8-b", "heddle bf16", 1.85 if wide >= 0.180 else None)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--filter", default="", help="regular expression; the cases whose names it finds")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--page", type=int, default=16, help="tokens of a page")
-    parser.add_argument("--into", type=Path, help="folder of the record")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("needs a GPU", file=sys.stderr)
-        return 2
-    torch.manual_seed(0)
-    report = Report(args.filter, args.rounds)
-    scenarios(report, args.page)
-    report.show()
-    into = args.into or (None if args.filter else records.RESULTS)
-    if into is not None:
-        versions = {
-            "fa3": "absent" if flash_attn_with_kvcache is None else "fa3-fwd",
-            "flashinfer": "absent" if flashinfer is None else flashinfer.__version__,
-        }
-        path = report.write("decode-peers", ["bench/peers/decode.py", *sys.argv[1:]], into, versions, not args.filter)
-        print(f"recorded in {path}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page", type=int, default=16, help="tokens of a page")
+    packages = ["fa3-fwd", "flashinfer-python"]
+    sys.exit(run_script("decode", parser, packages, lambda report, args: scenarios(report, args.page)))

@@ -4,4 +4,4 @@
 set -euo pipefail
 dir=${1:?folder for the packages}
 python3 -m pip install --quiet --no-deps --only-binary=:all: --python-version 3.12 --target "$dir" \
-  fa3-fwd==0.0.3 einops flashinfer-python==0.7.2.post1 apache-tvm-ffi
+  fa3-fwd==0.0.3 flashinfer-python==0.7.2.post1 apache-tvm-ffi click einops nvidia-ml-py tabulate

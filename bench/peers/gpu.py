@@ -6,7 +6,9 @@ costs the host stays out of the figures; times are those of events on the device
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib.metadata
 import re
 import statistics
 import subprocess
@@ -147,13 +149,43 @@ class Report:
             table.add_row(line.name, line.ours, line.peer, f"{line.ratio:.3f}", target, met)
         Console(width=140).print(table)
 
-    def write(self, program: str, command: Sequence[str], into: Path, versions: dict[str, str], complete: bool) -> Path:
-        record = records.describe(command) | {"complete": complete}
+    def write(self, program: str, into: Path, packages: Sequence[str], complete: bool) -> Path:
+        record = records.describe([f"bench/peers/{program}.py", *sys.argv[1:]]) | {"complete": complete}
         record["device"] |= describe_gpu()
-        record["versions"] |= {"torch": torch.__version__, "cudnn": str(torch.backends.cudnn.version()), **versions}
+        record["versions"] |= {"torch": torch.__version__, "cudnn": str(torch.backends.cudnn.version())}
+        record["versions"] |= {package: version_of(package) for package in packages}
         record["points"] = self.points
         record["results"] = [asdict(line) | {"met": line.met} for line in self.lines]
-        return records.write(record, program, into)
+        return records.write(record, f"{program}-peers", into)
+
+
+def run_script(
+    program: str, parser: argparse.ArgumentParser, packages: Sequence[str], measure: Callable[[Report, Any], None]
+) -> int:
+    """What a script of this folder does: measure(report, its arguments), the table, the record."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--filter", default="", help="regular expression; the cases whose names it finds")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--into", type=Path, help="folder of the record")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("needs a GPU", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    report = Report(args.filter, args.rounds)
+    measure(report, args)
+    report.show()
+    into = args.into or (None if args.filter else records.RESULTS)
+    if into is not None:
+        print(f"recorded in {report.write(program, into, packages, not args.filter)}")
+    return 0
+
+
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def describe_gpu() -> dict[str, Any]:

@@ -15,11 +15,10 @@ import random
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import DEVICE, Report, difference, records
+from gpu import DEVICE, Report, difference, run_script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -238,31 +237,14 @@ def ceiling(report: Report) -> None:
     report.measure("limit/product of 8192", {"cuBLAS": lambda: x @ y}, flop=2.0 * 8192**3)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--filter", default="", help="regular expression; the cases whose names it finds")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--into", type=Path, help="folder of the record")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("needs a GPU", file=sys.stderr)
-        return 2
-    torch.manual_seed(0)
-    report = Report(args.filter, args.rounds)
+def measure(report: Report, _: argparse.Namespace) -> None:
     for section in (ceiling, dense, ragged, blocks, window, worklist):
         try:
             section(report)
         except (RuntimeError, heddle.HeddleError) as error:
             print(f"{section.__name__} ended early: {type(error).__name__}: {str(error)[:300]}", flush=True)
         torch.cuda.empty_cache()
-    report.show()
-    into = args.into or (None if args.filter else records.RESULTS)
-    if into is not None:
-        versions = {"fa3": "absent" if flash_attn_func is None else "fa3-fwd"}
-        path = report.write("prefill-peers", ["bench/peers/prefill.py", *sys.argv[1:]], into, versions, not args.filter)
-        print(f"recorded in {path}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script("prefill", argparse.ArgumentParser(description=__doc__), ["fa3-fwd"], measure))

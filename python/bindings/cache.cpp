@@ -98,18 +98,33 @@ void calibrate(SharedCache& self, py::object k_, py::object v_, py::object q_) {
   self.cache.calibrate(k.view, v.view, q.view, stream);
 }
 
+SharedCache& to_cache(const py::object& cache) {
+  if (!py::isinstance<SharedCache>(cache)) {
+    check::fail(ErrorCode::kDType, "cache", check::text("got ", describe(cache), "; allowed is heddle.KVCache"));
+  }
+  return cache.cast<SharedCache&>();
+}
+
+// Calls `run` beside other readers; alone where it sets the scale of Q, as the first decode does.
+template <class Run>
+void read_cache(SharedCache& shared, const Run& run) {
+  const py::gil_scoped_release release;
+  std::shared_lock reading(shared.mutex);
+  if (shared.cache.config().format != CacheFormat::kInt8Baseline || shared.cache.q_calibrated()) return run();
+  reading.unlock();
+  const std::unique_lock writing(shared.mutex);
+  run();
+}
+
 py::object decode(py::object q_, py::object cache_, py::object block_table_, py::object seq_lens_, py::object causal,
                   py::object window, py::object softcap, py::object scale, py::object sinks_, py::object selection,
                   py::object sampling, py::object return_lse, py::object return_reads, py::object out_,
                   py::object backend, py::object schedule, py::object plan) {
-  if (!py::isinstance<SharedCache>(cache_)) {
-    check::fail(ErrorCode::kDType, "cache", check::text("got ", describe(cache_), "; allowed is heddle.KVCache"));
-  }
+  SharedCache& shared = to_cache(cache_);
   if (!plan.is_none() && !py::isinstance<DecodePlan>(plan)) {
     check::fail(ErrorCode::kDType, "plan",
                 check::text("got ", describe(plan), "; allowed are None and what heddle.plan_decode makes"));
   }
-  auto& shared = cache_.cast<SharedCache&>();
   const CacheConfig& config = shared.cache.config();
   const Array q = array(q_, "q");
   const Array block_table = array(block_table_, "block_table"), seq_lens = array(seq_lens_, "seq_lens");
@@ -152,17 +167,7 @@ py::object decode(py::object q_, py::object cache_, py::object block_table_, py:
                             .schedule = to_schedule(schedule),
                             .stream = current_stream(q)};
 
-  {
-    const py::gil_scoped_release release;
-    std::shared_lock reading(shared.mutex);
-    if (config.format == CacheFormat::kInt8Baseline && !shared.cache.q_calibrated()) {
-      reading.unlock();  // the first decode writes the scale of Q
-      const std::unique_lock writing(shared.mutex);
-      heddle::decode(params);
-    } else {
-      heddle::decode(params);
-    }
-  }
+  read_cache(shared, [&] { heddle::decode(params); });
   if (!v_rows.given()) return lse.given() ? py::object(py::make_tuple(out.object, lse.object)) : out.object;
   const py::tuple reads = py::make_tuple(v_rows.object, k_features.object);
   if (lse.given()) return py::make_tuple(out.object, lse.object, reads);
@@ -174,10 +179,7 @@ py::object decode_cascade(py::object q_, py::object cache_, py::object block_tab
                           py::list prefixes_, py::object causal, py::object softcap, py::object scale,
                           py::object sinks_, py::object return_lse, py::object out_, py::object backend,
                           py::object schedule) {
-  if (!py::isinstance<SharedCache>(cache_)) {
-    check::fail(ErrorCode::kDType, "cache", check::text("got ", describe(cache_), "; allowed is heddle.KVCache"));
-  }
-  auto& shared = cache_.cast<SharedCache&>();
+  SharedCache& shared = to_cache(cache_);
   const CacheConfig& config = shared.cache.config();
   const Array q = array(q_, "q");
   const Array block_table = array(block_table_, "block_table"), seq_lens = array(seq_lens_, "seq_lens");
@@ -212,33 +214,20 @@ py::object decode_cascade(py::object q_, py::object cache_, py::object block_tab
                             .backend = to_backend(backend),
                             .schedule = to_schedule(schedule),
                             .stream = current_stream(q)};
-  {
-    const py::gil_scoped_release release;
-    std::shared_lock reading(shared.mutex);
-    if (config.format == CacheFormat::kInt8Baseline && !shared.cache.q_calibrated()) {
-      reading.unlock();  // the first decode writes the scale of Q
-      const std::unique_lock writing(shared.mutex);
-      heddle::decode_cascade(params, prefixes);
-    } else {
-      heddle::decode_cascade(params, prefixes);
-    }
-  }
+  read_cache(shared, [&] { heddle::decode_cascade(params, prefixes); });
   return lse.given() ? py::object(py::make_tuple(out.object, lse.object)) : out.object;
 }
 
 py::object plan_decode(py::object q_, py::object cache_, py::object block_table_, py::object seq_lens_,
                        py::object causal, py::object window, py::object selection, py::object backend,
                        py::object schedule, py::object plan) {
-  if (!py::isinstance<SharedCache>(cache_)) {
-    check::fail(ErrorCode::kDType, "cache", check::text("got ", describe(cache_), "; allowed is heddle.KVCache"));
-  }
+  SharedCache& shared = to_cache(cache_);
   if (plan.is_none()) {
     plan = py::cast(DecodePlan());
   } else if (!py::isinstance<DecodePlan>(plan)) {
     check::fail(ErrorCode::kDType, "plan",
                 check::text("got ", describe(plan), "; allowed are None and what heddle.plan_decode makes"));
   }
-  auto& shared = cache_.cast<SharedCache&>();
   const Array q = array(q_, "q"), block_table = array(block_table_, "block_table"),
               seq_lens = array(seq_lens_, "seq_lens");
   const DecodeParams params{.q = q.view,

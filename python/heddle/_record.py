@@ -102,8 +102,10 @@ def _is_current() -> bool | None:
 
 
 def _revision() -> dict[str, Any] | None:
-    """The commit, and whether the tree had changes of its own (records aside). Outside a checkout, as where a build was
-    only brought to, HEDDLE_REVISION names it (with "-dirty" behind it if so); else None."""
+    """The commit, and whether the tree had changes of its own (records aside); None outside a checkout. HEDDLE_REVISION
+    names it (with "-dirty" behind it if so) where a build was brought to, whatever else is there."""
+    if named := os.environ.get("HEDDLE_REVISION"):
+        return {"commit": named.removesuffix("-dirty"), "dirty": named.endswith("-dirty")}
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(_ROOT), *arguments]
@@ -116,5 +118,4 @@ def _revision() -> dict[str, Any] | None:
         changes = git("status", "--porcelain", "--", ".", ":!bench/results")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.SubprocessError):
-        named = os.environ.get("HEDDLE_REVISION")
-        return {"commit": named.removesuffix("-dirty"), "dirty": named.endswith("-dirty")} if named else None
+        return None

