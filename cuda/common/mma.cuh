@@ -23,6 +23,12 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&x)[4], 
                : "r"(address)
                : "memory");
 }
+// The opposite: four 8 x 8 matrices to shared memory; lane l has the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(std::uint32_t address, const std::uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
 
 __device__ __forceinline__ std::uint32_t transpose_matrix(std::uint32_t x) {
   std::uint32_t y;

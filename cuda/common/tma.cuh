@@ -1,4 +1,5 @@
-// Bulk tensor copies (TMA): boxes of a tensor in global memory to shared memory, zeros beyond its edges.
+// Bulk tensor copies (TMA): boxes of a tensor between global and shared memory. Beyond its edges zeros are read, and
+// nothing is written.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +37,23 @@ __device__ __forceinline__ void load_box(const CUtensorMap& map, Barrier& barrie
       "l"(reinterpret_cast<std::uint64_t>(&map)), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
       "r"(c4), "l"(static_cast<std::uint64_t>(hint))
       : "memory");
+}
+
+// A box back to global memory. What was written to shared memory has to be made known first, by fence_async_proxy().
+__device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, int c0, int c1, int c2, int c3,
+                                          int c4) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(
+                   reinterpret_cast<std::uint64_t>(&map)),
+               "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
+}
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until the boxes that this thread stored are written; or until they are read, and their shared memory is free again.
+__device__ __forceinline__ void await_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+__device__ __forceinline__ void await_store_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// This thread's writes to shared memory come before what bulk copies and tensor cores do there from now on.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 }  // namespace heddle::cuda

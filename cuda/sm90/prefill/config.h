@@ -22,9 +22,14 @@ struct PrefillConfig {
   static constexpr int kChunksV = (kDimV + kChunkElements - 1) / kChunkElements;
   static constexpr int kQChunkBytes = kRows * kChunkRowBytes;
   static constexpr int kKvChunkBytes = kKeys * kChunkRowBytes;
-  // Two row tiles of queries where shared memory goes that far: the next ones come while the last are still needed.
+  static constexpr int kOutChunkBytes = kQChunkBytes;
+
+  // Two row tiles of queries where shared memory goes that far: the next ones come while the last are still needed. And
+  // room for the output, which is then written by bulk copies.
   static constexpr int kQBytes = kChunks * kQChunkBytes, kKvBytes = kStages * (kChunks + kChunksV) * kKvChunkBytes;
-  static constexpr int kQStages = 2 * kQBytes + kKvBytes <= 220 << 10 ? 2 : 1;
+  static constexpr int kOutBytes = kChunksV * kOutChunkBytes, kRoom = 224 << 10;
+  static constexpr int kQStages = 2 * kQBytes + kKvBytes + kOutBytes <= kRoom ? 2 : 1;
+  static constexpr bool kStoresBoxes = kQStages * kQBytes + kKvBytes + kOutBytes <= kRoom;
   // The first product of a row tile runs while the one before it is written. Not where its queries come too late.
   static constexpr bool kOverlapEnds = kQStages == 2;
   static_assert(kDim % 16 == 0 && kKeys % 16 == 0, "whole steps of the matrix instruction");

@@ -28,6 +28,7 @@ struct alignas(1024) PrefillShared {
   std::uint8_t q[Config::kQStages][Config::kChunks][Config::kQChunkBytes];
   std::uint8_t k[Config::kStages][Config::kChunks][Config::kKvChunkBytes];
   std::uint8_t v[Config::kStages][Config::kChunksV][Config::kKvChunkBytes];
+  std::uint8_t out[Config::kStoresBoxes ? Config::kChunksV : 0][Config::kOutChunkBytes];
   Barrier q_full[Config::kQStages], q_empty[Config::kQStages];
   Barrier k_full[Config::kStages], k_empty[Config::kStages];
   Barrier v_full[Config::kStages], v_empty[Config::kStages];
@@ -232,6 +233,7 @@ class PrefillConsumer {
       if constexpr (!Config::kOverlapEnds) valid = begin(s);
     }
     wgmma_wait<0>();
+    if constexpr (Config::kStoresBoxes) await_stores();
     if (warpgroup_ == 0) await_turn();  // the last turn that was passed
   }
 
@@ -306,6 +308,7 @@ class PrefillConsumer {
   __device__ __forceinline__ bool multiply_last(const PrefillItem& item, TileNote note, float (&s)[kKeys / 2],
                                                 std::uint32_t (&p)[kKeys / 4], float (&o)[kDimV / 2]) {
     shared_.v_full[v_.stage()].wait(v_.parity());
+    await_turn();
     clear_behind(item, note);
     pin(o);
     pin(p);
@@ -315,6 +318,7 @@ class PrefillConsumer {
     slot_.advance();
     bool more = true;
     if constexpr (Config::kOverlapEnds) more = begin(s);
+    pass_turn();
     wgmma_wait<Config::kOverlapEnds ? 1 : 0>();
     pin(o);
     pin(p);
@@ -381,40 +385,51 @@ class PrefillConsumer {
         *reinterpret_cast<uint4*>(shared_.v[v_.stage()][chunk] + i * 16) = uint4{};
       }
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    fence_async_proxy();
     named_sync(kClearBarrier + warpgroup_, 128);
   }
 
   // ---- the end of a row tile ----
 
   __device__ __forceinline__ void finish(const PrefillItem& item, float (&o)[kDimV / 2], const RowState& state) {
-    bool poisoned[2];
+    float factor[2];
+    bool valid[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int query = query_of(item, row() + 8 * half), head = head_of(item, row() + 8 * half);
-      const bool valid = is_row(row() + 8 * half) && query < item.q_len;
+      valid[half] = is_row(row() + 8 * half) && query < item.q_len;
       const auto add = [](float a, float b) { return a + b; };
       float sum = quad_reduce(state.sum[half], add);
       float top = state.at[half], decay = 1.0f;
-      if (params_.sinks != nullptr && valid) {
+      if (params_.sinks != nullptr && valid[half]) {
         const float sink = __ldg(params_.sinks + head) * kLog2E;
         const float joined = fmaxf(top, sink), at = joined == -INFINITY ? 0.0f : joined;
         decay = exp2_approx(top - at);
         sum = sum * decay + exp2_approx(sink - at);
         top = joined;
       }
-      const float factor = sum == 0.0f ? 0.0f : __fdividef(decay, sum);
-      if (params_.lse != nullptr && valid && thread() % 4 == 0) {
+      factor[half] = sum == 0.0f ? 0.0f : __fdividef(decay, sum);
+      if (params_.lse != nullptr && valid[half] && thread() % 4 == 0) {
         const float lse = sum == 0.0f ? -INFINITY : (top + __log2f(sum)) * kLn2;
         params_
             .lse[item.q_page * params_.lse_page + head * params_.lse_head + (item.q_first + query) * params_.lse_slot] =
             lse;
       }
-      poisoned[half] = !store(item, o, factor, half, valid, query, head) && valid;
     }
-    // A row that met something not finite may have met it in a key that it does not see: 0 times NaN is NaN. Such rows
+    std::uint32_t zeros[2] = {0, 0};  // of a row of the thread: stay so unless something in it is not finite
+    const int first = query_of(item, warpgroup_ * 64 + thread() / 32 * 16);  // the warp's
+    if (Config::kStoresBoxes && params_.queries_per_store > 0 && first + params_.queries_per_store <= item.q_len) {
+      store_rows(item, o, factor, first, zeros);
+    } else {
+      store_row<0>(item, o, factor[0], valid[0], zeros[0]);
+      store_row<1>(item, o, factor[1], valid[1], zeros[1]);
+    }
+    const bool poisoned[2] = {valid[0] && (zeros[0] & 0x7fff7fffu) != 0, valid[1] && (zeros[1] & 0x7fff7fffu) != 0};
+  // A row that met something not finite may have met it in a key that it does not see: 0 times NaN is NaN. Such rows
     // are rare, and are computed again key by key.
     if (__any_sync(kFullWarp, poisoned[0] || poisoned[1])) {
+      if constexpr (Config::kStoresBoxes) await_stores();
+      __syncwarp();
 #pragma unroll 1
       for (int i = 0; i < 16; ++i) {
         const unsigned votes = __ballot_sync(kFullWarp, i < 8 ? poisoned[0] : poisoned[1]);
@@ -425,20 +440,50 @@ class PrefillConsumer {
     }
   }
 
-  // Four lanes hold eight columns of a row in turn: they are exchanged so that each lane writes 16 bytes. Whether all
-  // that this lane had is finite.
-  __device__ __forceinline__ bool store(const PrefillItem& item, const float (&o)[kDimV / 2], float factor, int half,
-                                        bool valid, int query, int head) const {
+  // The warp's 16 rows by way of shared memory, which it needs nobody else for.
+  __device__ __forceinline__ void store_rows(const PrefillItem& item, const float (&o)[kDimV / 2],
+                                             const float (&factor)[2], int query, std::uint32_t (&zeros)[2]) {
+    const int lane = thread() % 32;
+    std::uint8_t* const rows = shared_.out[0] + (warpgroup_ * 64 + thread() / 32 * 16) * kChunkRowBytes;
+    // Rows of 128 bytes; 16-byte unit u of row r lies at u ^ r % 8. A lane addresses row lane % 16, unit lane / 16.
+    const std::uint32_t to = shared_address(rows) + lane % 16 * kChunkRowBytes + (lane / 16 ^ lane % 8) * 16;
+    await_store_reads();  // of the row tile before
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kDimV / 16; ++j) {
+      std::uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[i] = pack<T>(o[8 * j + 2 * i] * factor[i % 2], o[8 * j + 2 * i + 1] * factor[i % 2]);
+        add_zero_times<T>(zeros[i % 2], x[i]);
+      }
+      store_matrices((to ^ j % 4 * 32) + j / 4 * Config::kOutChunkBytes, x);
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (lane < Config::kChunksV) {
+      store_box(params_.out_map, rows + lane * Config::kOutChunkBytes, lane * kChunkElements, 0, item.q_first + query,
+                item.q_head / params_.packed_heads, item.q_page);
+      commit_stores();
+    }
+    __syncwarp();
+  }
+
+  // One row of each quad from registers. Four lanes hold eight columns of it in turn: they are exchanged so that each
+  // lane writes 16 bytes.
+  template <int kHalf>
+  __device__ __forceinline__ void store_row(const PrefillItem& item, const float (&o)[kDimV / 2], float factor,
+                                            bool valid, std::uint32_t& zeros) const {
+    const int query = query_of(item, row() + 8 * kHalf), head = head_of(item, row() + 8 * kHalf);
     T* to = static_cast<T*>(params_.out.data) + item.q_page * params_.out.page + head * params_.out.head +
             (item.q_first + query) * params_.out.slot;
     const int lane = thread() % 4;
-    std::uint32_t zeros = 0;  // stays so unless something is not finite
 #pragma unroll
     for (int first = 0; first < kDimV / 8; first += 4) {
       std::uint32_t x[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int at = 4 * (first + j) + 2 * half;
+        const int at = 4 * (first + j) + 2 * kHalf;
         if (at >= kDimV / 2) continue;
         x[j] = pack<T>(o[at] * factor, o[at + 1] * factor);
         add_zero_times<T>(zeros, x[j]);
@@ -447,7 +492,6 @@ class PrefillConsumer {
       const int column = (first + lane) * 8;
       if (valid && column < params_.head_dim_v) *reinterpret_cast<uint4*>(to + column) = uint4{x[0], x[1], x[2], x[3]};
     }
-    return (zeros & 0x7fff7fffu) == 0;
   }
   // x[j] becomes what lane j of the quad had in its x[lane].
   __device__ __forceinline__ static void transpose_quad(std::uint32_t (&x)[4], int lane) {
@@ -522,6 +566,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) prefill_kernel(const __gr
     prefetch_tensor_map(params.q_map);
     prefetch_tensor_map(params.k_map);
     prefetch_tensor_map(params.v_map);
+    if (params.queries_per_store > 0) prefetch_tensor_map(params.out_map);
     constexpr int kWarps = 4 * Config::kWarpgroups;
     for (int stage = 0; stage < Config::kQStages; ++stage) {
       shared.q_full[stage].init(1);

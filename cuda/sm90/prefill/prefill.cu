@@ -87,6 +87,17 @@ void set_maps(const AttentionArgs& args, const PrefillVariant& variant, PrefillP
   };
   params.k_map = keys("k", args.k, args.head_dim);
   params.v_map = keys("v", args.v, args.head_dim_v);
+  // A warp writes its 16 rows as a box, if they are whole queries of rows that bulk copies reach.
+  const AttentionArgs::Rows& out = args.out;
+  if (16 % params.packed_heads == 0 && out.slot > 0 && out.head > 0 && out.page >= 0) {
+    params.queries_per_store = 16 / params.packed_heads;
+    params.out_map = make_tensor_map("out", out.data, args.dtype,
+                                     {{args.head_dim_v, 1, kChunk},
+                                      {params.packed_heads, out.head, params.packed_heads},
+                                      {args.q_len, out.slot, params.queries_per_store},
+                                      {args.num_q_heads / params.packed_heads, out.head * params.packed_heads, 1},
+                                      {pages, out.page, 1}});
+  }
 }
 
 void check_args(const AttentionArgs& args) {
