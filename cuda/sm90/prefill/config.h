@@ -40,11 +40,20 @@ struct PrefillConfig {
   static constexpr int kConsumerRegisters = kWarpgroups == 1 ? 256 : kWarpgroups == 2 ? 232 : 160;
   static_assert((kKeys + kDimV + kKeys / 2) / 2 + 20 <= kConsumerRegisters, "no spills");
 
+  // Block masks, strides and maps of scores. Few calls have them, and code that is not there need not be fetched: without
+  // it a row tile of few KV tiles takes a tenth less time.
+  static constexpr bool kGeneral = false;
+
   // Warpgroups take turns at the tensor cores, so that one's softmax runs beside another's products. Long rows have
   // products enough to hide it.
   static constexpr bool kTakeTurns = kWarpgroups > 1 && kDim <= 128;
   // Scores that are kept until their probabilities are accepted, two tiles of probabilities and the output have to fit.
   static constexpr bool kSpeculative = (2 * kKeys + kDimV) / 2 + (kWarpgroups == 3 ? 31 : 35) <= kConsumerRegisters;
+};
+
+template <class Config>
+struct General : Config {
+  static constexpr bool kGeneral = true;
 };
 
 }  // namespace heddle::cuda

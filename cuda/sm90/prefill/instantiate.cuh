@@ -8,13 +8,24 @@
 namespace heddle::cuda {
 
 template <class Config>
-void launch_prefill(const PrefillParams& params, int grid, cudaStream_t stream) {
+void launch_kernel(const PrefillParams& params, int grid, cudaStream_t stream) {
   constexpr int kBytes = sizeof(PrefillShared<Config>);
   constexpr int kMaxBytes = 227 << 10;
   static_assert(kBytes <= kMaxBytes, "shared memory of an SM");
   check(cudaFuncSetAttribute(prefill_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "attention");
   prefill_kernel<Config><<<static_cast<unsigned>(grid), Config::kThreads, kBytes, stream>>>(params);
   check(cudaGetLastError(), "attention");
+}
+
+template <class Config>
+void launch_prefill(const PrefillParams& params, int grid, cudaStream_t stream) {
+  const PatternKind kind = params.pattern.kind;
+  const bool intervals = kind == PatternKind::kNone || kind == PatternKind::kWindowGlobal;
+  if (intervals && params.score_map == ScoreMap::kNone) {
+    launch_kernel<Config>(params, grid, stream);
+  } else {
+    launch_kernel<General<Config>>(params, grid, stream);
+  }
 }
 
 template <class Config>

@@ -263,6 +263,7 @@ class PrefillConsumer {
     release_scores(note);
     prepare(note, seen, s);
     state.template start<T>(s, params_.scale_log2, even);
+    await_keys(note);
     while (true) {
       if (note.last()) return multiply_last(item, note, s, even, o);
       note = step(item, note, s, even, odd, o, state);
@@ -276,8 +277,6 @@ class PrefillConsumer {
                                            std::uint32_t (&p)[kKeys / 4], std::uint32_t (&p_next)[kKeys / 4],
                                            float (&o)[kDimV / 2], RowState& state) {
     float decay[2];
-    shared_.k_full[k_.stage()].wait(k_.parity());
-    const TileNote next = read_note();
     await_turn();
     pin(o);
     pin(p);
@@ -290,6 +289,7 @@ class PrefillConsumer {
     issue_output(o, p);
     wgmma_commit();
     pass_turn();
+    const TileNote next = read_note();
     const SeenBits<kKeys / 4> seen = look_at(item, next);
     wgmma_wait<1>();
     pin(s);
@@ -297,6 +297,7 @@ class PrefillConsumer {
     prepare(next, seen, s);
     const bool moved = state.template update<T, Config::kSpeculative>(s, params_.scale_log2, p_next, decay);
     pin(p_next);  // all of this before the wait, not after
+    await_keys(next);
     wgmma_wait<0>();
     pin(o);
     pin(p);
@@ -326,6 +327,10 @@ class PrefillConsumer {
     return more;
   }
 
+  // The keys after those that `note` names, if there are any.
+  __device__ __forceinline__ void await_keys(TileNote note) {
+    if (!note.last()) shared_.k_full[k_.stage()].wait(k_.parity());
+  }
   // All lanes read the same; the shuffle tells the compiler so, which then lets products run on over branches.
   __device__ __forceinline__ TileNote read_note() const {
     return {__shfl_sync(kFullWarp, shared_.k_note[k_.stage()], 0)};
@@ -355,18 +360,20 @@ class PrefillConsumer {
     if (note.masked()) {
       const int queries[2] = {query_of(item, row()), query_of(item, row() + 8)};
       Visibility visibility(params_.pattern, item.q_len, item.kv_len);
-      if (params_.pattern.kind == PatternKind::kBlockMask) visibility.set_mask(item.request, item.q_head);
-      seen.set(visibility, queries, note.tile() * kKeys + accumulator_column(thread()));
+      if (Config::kGeneral && params_.pattern.kind == PatternKind::kBlockMask) {
+        visibility.set_mask(item.request, item.q_head);
+      }
+      seen.template set<Config::kGeneral>(visibility, queries, note.tile() * kKeys + accumulator_column(thread()));
     }
     seen.pin();
     return seen;
   }
   // Softcap and masks.
-  __device__ __forceinline__ void prepare(TileNote note, const SeenBits<kKeys / 4>& seen,
-                                          float (&s)[kKeys / 2]) const {
-    if (!note.special()) return;
-    map_scores(s, params_.score_map, params_.map_factor);
-    if (note.masked()) seen.apply(s);
+  __device__ __forceinline__ void prepare(TileNote note, const SeenBits<kKeys / 4>& seen, float (&s)[kKeys / 2]) const {
+    if (note.special()) {
+      if constexpr (Config::kGeneral) map_scores(s, params_.score_map, params_.map_factor);
+      if (note.masked()) seen.apply(s);
+    }
   }
   __device__ __forceinline__ void rescale(float (&o)[kDimV / 2], const float (&decay)[2]) const {
 #pragma unroll
@@ -425,7 +432,7 @@ class PrefillConsumer {
       store_row<1>(item, o, factor[1], valid[1], zeros[1]);
     }
     const bool poisoned[2] = {valid[0] && (zeros[0] & 0x7fff7fffu) != 0, valid[1] && (zeros[1] & 0x7fff7fffu) != 0};
-  // A row that met something not finite may have met it in a key that it does not see: 0 times NaN is NaN. Such rows
+    // A row that met something not finite may have met it in a key that it does not see: 0 times NaN is NaN. Such rows
     // are rare, and are computed again key by key.
     if (__any_sync(kFullWarp, poisoned[0] || poisoned[1])) {
       if constexpr (Config::kStoresBoxes) await_stores();

@@ -44,7 +44,7 @@ struct PrefillParams {
   int num_q_heads = 0, group = 0;
   int packed_heads = 1;  // query heads of a group that share a row tile: row r is query r / packed_heads of head r % ..
   int packed_heads_reciprocal = 1 << 16;  // 2^16 / packed_heads, rounded up
-  int queries_per_store = 0;  // 16 rows of a warp as a box of out_map; 0: there is no such box
+  int queries_per_store = 0;              // 16 rows of a warp as a box of out_map; 0: there is no such box
   const std::int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr, *seq_lens = nullptr, *block_table = nullptr;
   std::int64_t table_stride = 0;
   int page_size = 0, box_keys = 0;  // paged: a copy brings box_keys keys

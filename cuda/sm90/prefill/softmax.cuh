@@ -68,7 +68,9 @@ template <int kColumns>
 struct SeenBits {
   ColumnBits<kColumns> rows[2];
 
-  // `queries` are those of the two rows; `key` is the thread's first column's.
+  // `queries` are those of the two rows; `key` is the thread's first column's. Without kGeneral, what they see are at most
+  // two intervals.
+  template <bool kGeneral>
   __device__ __forceinline__ void set(const Visibility& visibility, const int (&queries)[2], int key) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -76,7 +78,7 @@ struct SeenBits {
       rows[row].add(allowed.begin - key, allowed.end - key);
       if (visibility.pattern.kind != PatternKind::kNone) {
         ColumnBits<kColumns> chosen;
-        choose(visibility, queries[row], key, chosen);
+        choose<kGeneral>(visibility, queries[row], key, chosen);
         rows[row].keep(chosen);
       }
     }
@@ -99,18 +101,20 @@ struct SeenBits {
 
  private:
   // What the selection alone leaves.
+  template <bool kGeneral>
   __device__ __forceinline__ static void choose(const Visibility& visibility, int query, int key,
                                                 ColumnBits<kColumns>& chosen) {
     constexpr int kKeys = 4 * kColumns;
     const Pattern& pattern = visibility.pattern;
+    if (!kGeneral || pattern.kind == PatternKind::kWindowGlobal) {
+      const Span selected = visibility.selected(query);
+      chosen.add(selected.begin - key, selected.end - key);
+      chosen.add(0, pattern.num_global - key);
+      return;
+    }
     switch (pattern.kind) {
-      case PatternKind::kNone: break;
-      case PatternKind::kWindowGlobal: {
-        const Span selected = visibility.selected(query);
-        chosen.add(selected.begin - key, selected.end - key);
-        chosen.add(0, pattern.num_global - key);
-        break;
-      }
+      case PatternKind::kNone:
+      case PatternKind::kWindowGlobal: break;
       case PatternKind::kStrided: {
         const int position = query + visibility.offset;
         chosen.add(position - pattern.width + 1 - key, kKeys);
