@@ -644,7 +644,7 @@ void softmax(const StreamTile& tile, const StreamStep& step, int head) {
                            tile.softcap,   tile.m + r,
                            tile.l + r,     tile.weight + r};
     float* at = tile.scores + r * kStreamKeys;
-    tile.alpha[r] = softmax_row<false, pv>(at, at, mask, kActive, r * bits_stride, state);
+    tile.alpha[r] = softmax_row<pv>(at, at, mask, kActive, r * bits_stride, state);
     if (pv == Math::kFloat32 && step.value_scale != nullptr) {
       // A masked key's scale may be NaN.
       const float* scale = step.value_scale + head * kStreamKeys;
