@@ -17,16 +17,21 @@ struct TileMass {
   float sum = 0.0f;
 };
 
+struct TileShares {
+  float top = 0.0f;
+  double total = 0.0;  // NaN if a mass is
+};
+
 // The scores of one tile for the rows of a row tile.
 struct TileScores {
-  const float* scores = nullptr;  // [rows][kStreamKeys], products as the kernels leave them
+  const float* scores = nullptr;  // [stream_rows(rows)][kStreamKeys], products as the kernels leave them
   std::int64_t rows = 0;
   const float* factor = nullptr;        // [rows]
   const float* key_scale = nullptr;     // [64] or null
   float softcap = 0.0f;                 // in base 2
   const std::uint64_t* bits = nullptr;  // [rows] visible keys, or null: all
-  float* logits = nullptr;              // [rows], logit_stride apart: 64 each; -inf where a key is not seen
-  std::int64_t logit_stride = 0;        // floats
+  float* logits = nullptr;              // [rows][64]; -inf where a key is not seen
+  std::int64_t next = 0;                // floats from there to the logits that will be written next
   TileMass* mass = nullptr;             // [rows], mass_stride apart
   std::int64_t mass_stride = 0;
 };
@@ -48,6 +53,7 @@ struct FeatureRun {
 struct ValueTerm {
   std::int32_t key = 0;  // along the unit's keys
   std::int32_t row = 0;
+  const std::byte* value = nullptr;
   float weight = 0.0f;
 };
 
@@ -59,11 +65,16 @@ struct SamplingKernels {
   // The largest logit whose bit is set, and the keys whose logits are at least so large.
   float (*largest)(const float* logits, std::uint64_t bits) = nullptr;
   std::uint64_t (*at_least)(const float* logits, float least) = nullptr;
-  // weights[i] = 2^(logit - top), or 0 where the bit is not set, and their sums from the first on: 64 each.
-  void (*weights)(const float* logits, std::uint64_t bits, float top, float* weights, float* prefix) = nullptr;
-  // o[term.row] += term.weight * row of V, in the order of the terms; values[i] is where the row of term i lies.
-  void (*add_values)(const ValueTerm* terms, const std::byte* const* values, std::int64_t count, DType dtype,
-                     std::int64_t dim, float* o, std::int64_t columns) = nullptr;
+  // The masses of `count` tiles, divided by 2^(their largest top), and the sum of these.
+  TileShares (*shares)(const TileMass* masses, std::int64_t count, double* shares) = nullptr;
+  // weights[i] = 2^(logit - top), or 0 where the bit is not set: 64.
+  void (*weights)(const float* logits, std::uint64_t bits, float top, float* weights) = nullptr;
+  // The key of a tile at which the sums of its weights reach (target - before) * scale, for each of the targets.
+  void (*find)(const float* logits, std::uint64_t bits, float top, const double* targets, std::int64_t count,
+               double before, double scale, std::uint8_t* keys) = nullptr;
+  // o[term.row] += term.weight * row of V, in the order of the terms.
+  void (*add_values)(const ValueTerm* terms, std::int64_t count, DType dtype, std::int64_t dim, float* o,
+                     std::int64_t columns) = nullptr;
 };
 
 const SamplingKernels& sampling_kernels();  // of the current ISA
