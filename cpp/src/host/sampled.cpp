@@ -37,6 +37,7 @@ constexpr double kLn2 = 0.6931471805599453;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();  // below it there is only -inf: keys not seen
 constexpr std::size_t kLogitBudget = std::size_t{64} << 20;  // bytes held at a time, if a query needs no more by itself
+constexpr std::size_t kNearBytes = std::size_t{1} << 20;     // of logits that a second-level cache may hold
 constexpr std::int64_t kSplitKeys = 2048;
 constexpr int kGatherTiles = 16;  // tiles whose keys are looked up at a time: the stream kernels fetch ahead among them
 static_assert(kTileKeys == aggregate::kSampleTile);
@@ -49,8 +50,10 @@ double power(float x) {
 // What is known of a unit between the phases.
 struct UnitState {
   std::int64_t tiles = 0, rows = 0;
+  bool near = true;                // whether the caches hold the logits until values are drawn
   float* logits = nullptr;         // [tiles][rows][64], where the mass is not 0
-  std::vector<TileMass> mass;      // [rows][tiles]
+  float* parts = nullptr;          // [tiles][rows][kTileParts], where the mass is not 0
+  TileMass* mass = nullptr;        // [rows][tiles]
   std::vector<std::byte> queries;  // [row tiles][kStreamRows][padded dim] as floats or int8
   std::vector<float> factor;       // [rows]: logit = factor * product (* key scale)
   std::vector<std::int32_t> sums;  // [row tiles][kStreamRows]
@@ -61,7 +64,8 @@ struct UnitState {
   std::vector<Features> features;  // [row tiles]
 
   float* logits_of(std::int64_t tile, std::int64_t row) const { return logits + (tile * rows + row) * kTileKeys; }
-  TileMass* row_mass(std::int64_t row) { return mass.data() + row * tiles; }
+  TileMass* row_mass(std::int64_t row) const { return mass + row * tiles; }
+  float* parts_of(std::int64_t tile, std::int64_t row) const { return parts + (tile * rows + row) * kTileParts; }
 };
 
 // The logits of one row.
@@ -91,7 +95,7 @@ struct Scratch {
   std::vector<ValueTerm> terms, merged;
   std::vector<std::size_t> runs;
   std::vector<Opening> openings;
-  std::vector<std::uint8_t> drawn;
+  std::vector<Pick> picks;
   std::vector<float> out;
 };
 
@@ -220,7 +224,7 @@ void SampledDecode::run_chunk(const std::vector<Unit>& units) {
   static thread_local Workspace workspace;
   std::vector<UnitState> states(units.size());
   std::vector<Item> row_tiles, splits;
-  std::size_t floats = 0;
+  std::size_t all_tiles = 0;
   double work = 0.0;
   for (std::size_t u = 0; u < units.size(); ++u) {
     const Unit& unit = units[u];
@@ -228,13 +232,12 @@ void SampledDecode::run_chunk(const std::vector<Unit>& units) {
     state.rows = unit.rows();
     state.tiles = (unit.keys + kTileKeys - 1) / kTileKeys;
     const std::int64_t tiles = plan_.row_tiles(unit);
-    state.mass.resize(static_cast<std::size_t>(state.rows * state.tiles));
     state.queries.resize(static_cast<std::size_t>(tiles * kStreamRows * dim_) * 4 /
                          static_cast<std::size_t>(elements_per_word(math_)));
     state.factor.resize(static_cast<std::size_t>(state.rows));
     state.sums.resize(static_cast<std::size_t>(tiles * kStreamRows));
     state.features.resize(static_cast<std::size_t>(tiles));
-    floats += static_cast<std::size_t>(state.rows * state.tiles * kTileKeys);
+    all_tiles += static_cast<std::size_t>(state.rows * state.tiles);
     work += static_cast<double>(state.rows) * static_cast<double>(unit.keys) * static_cast<double>(p_.k.dim);
     for (std::int32_t t = 0; t < tiles; ++t) {
       row_tiles.push_back({static_cast<std::int32_t>(u), t, 0, 1});
@@ -260,10 +263,16 @@ void SampledDecode::run_chunk(const std::vector<Unit>& units) {
       }
     }
   }
-  float* at = reinterpret_cast<float*>(workspace.reserve(floats * sizeof(float)));
+  constexpr std::size_t kTileBytes = (kTileKeys + kTileParts) * sizeof(float) + sizeof(TileMass);
+  float* logits = reinterpret_cast<float*>(workspace.reserve(all_tiles * kTileBytes));
+  float* parts = logits + all_tiles * kTileKeys;
+  auto* mass = reinterpret_cast<TileMass*>(parts + all_tiles * kTileParts);
   for (UnitState& state : states) {
-    state.logits = at;
-    at += state.rows * state.tiles * kTileKeys;
+    const std::int64_t tiles = state.rows * state.tiles;
+    state.logits = std::exchange(logits, logits + tiles * kTileKeys);
+    state.parts = std::exchange(parts, parts + tiles * kTileParts);
+    state.mass = std::exchange(mass, mass + tiles);
+    state.near = all_tiles * kTileKeys * sizeof(float) <= kNearBytes;
   }
 
   // Little work is done sooner by one thread than by waking another.
@@ -436,8 +445,10 @@ void SampledDecode::score(const Unit* units, UnitState* states, int heads, std::
                       .softcap = static_cast<float>(p_.softcap * kLog2e),
                       .bits = visits[t].masked ? s.bits.data() + t * kStreamRows : nullptr,
                       .logits = state.logits_of(visits[t].tile, first),
-                      .next = state.rows * kTileKeys,
+                      .next = state.near ? state.rows * kTileKeys : 0,
                       .mass = state.row_mass(first) + visits[t].tile,
+                      .parts = state.parts_of(visits[t].tile, first),
+                      .next_parts = state.rows * kTileParts,
                       .mass_stride = state.tiles});
   };
   step.context = &scored;
@@ -617,8 +628,7 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
   const double normal = shift / denominator;  // makes a probability of what is relative to 2^highest
 
   alignas(64) float weights[kTileKeys];
-  const auto add = [&](std::size_t t, int lane, double weight) {
-    const auto key = static_cast<std::int32_t>(t * kTileKeys) + lane;
+  const auto add = [&](std::int32_t key, double weight) {
     const Place at = place(unit, key);
     const std::byte* value = p_.v.row(at.page, unit.kv_head, at.slot);
     for (std::int64_t b = 0; b < value_bytes_; b += 64) __builtin_prefetch(value + b, 0, 2);
@@ -640,9 +650,9 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
         sampling_.weights(logits.tile(t), kept, mass[t].top, weights);
         const double scale = power(mass[t].top - highest) * normal;
         for (int lane = 0; lane < kTileKeys; ++lane) {
-          if (weights[lane] > 0.0f) add(t, lane, weights[lane] * scale);
+          if (weights[lane] > 0.0f) add(static_cast<std::int32_t>(t * kTileKeys) + lane, weights[lane] * scale);
         }
-        const TileMass rest = sampling_.mass(logits.tile(t), ~kept);
+        const TileMass rest = sampling_.mass(logits.tile(t), ~kept, state.parts_of(static_cast<std::int64_t>(t), row));
         s.tops[t] = rest.top;
         s.share[t] = rest.sum > 0.0f ? rest.sum * power(rest.top - highest) : 0.0;
       }
@@ -652,35 +662,47 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
   if (sampled == 0.0) return;
   const std::size_t first_drawn = s.terms.size();
 
-  // Adds the keys of tile t at which the prefix sums from `before` on reach the targets [m, last).
-  const auto take = [&](std::size_t t, double before, std::size_t m, std::size_t last, double weight) {
-    s.drawn.resize(std::max(s.drawn.size(), last - m));
-    const double scale = 1.0 / power(s.tops[t] - highest);
-    sampling_.find(logits.tile(t), ~s.kept[t], s.tops[t], s.targets.data() + m, static_cast<std::int64_t>(last - m),
-                   before, scale, s.drawn.data());
-    for (std::size_t i = 0, next; i < last - m; i = next) {
-      for (next = i + 1; next < last - m && s.drawn[next] == s.drawn[i];) ++next;
-      add(t, s.drawn[i], static_cast<double>(next - i) * weight);
+  // A draw of the key of tile t at which the prefix sums of shares reach so far into it.
+  const auto pick = [&](std::size_t t, double into, double weight) {
+    const float* part = state.parts_of(static_cast<std::int64_t>(t), row);
+    const auto target = static_cast<float>(into / power(s.tops[t] - highest));
+    float before[kTileParts] = {};
+    for (int n = 1; n < kTileParts; ++n) before[n] = before[n - 1] + part[n - 1];
+    int n = 0;
+    for (int i = 1; i < kTileParts; ++i) n += before[i] < target ? 1 : 0;
+    if (part[n] == 0.0f) {
+      std::uint32_t some = 0;
+      for (int i = 0; i < kTileParts; ++i) some |= std::uint32_t{part[i] > 0.0f} << i;
+      n = nearest(some, n);
     }
+    const float* at = logits.tile(t) + n * kPartKeys;
+    __builtin_prefetch(at);
+    s.picks.push_back({.logits = at,
+                       .bits = static_cast<std::uint32_t>(~s.kept[t] >> (n * kPartKeys)),
+                       .top = s.tops[t],
+                       .target = target - before[n],
+                       .weight = static_cast<float>(weight),
+                       .key = static_cast<std::int32_t>(t * kTileKeys) + n * kPartKeys});
   };
+  s.picks.clear();
 
   const aggregate::Draws draws(s_, p_.sampled.offset, unit.request, head, query);
   const auto samples = static_cast<double>(s_.samples);
   if (s_.method == SamplingMethod::kSystematicTile) {
     const auto nonempty =
         static_cast<std::int64_t>(std::count_if(s.share.begin(), s.share.end(), [](double x) { return x > 0.0; }));
-    s.targets.resize(static_cast<std::size_t>(std::max<std::int64_t>(1, s_.samples / nonempty)));
-    const auto own = static_cast<double>(s.targets.size());
+    const std::int64_t each = std::max<std::int64_t>(1, s_.samples / nonempty);
+    const auto own = static_cast<double>(each);
     for (std::size_t t = 0; t < tiles; ++t) {
       if (s.share[t] == 0.0) continue;
       const double u = draws.value(static_cast<std::int64_t>(t));
-      for (std::size_t i = 0; i < s.targets.size(); ++i) {
-        s.targets[i] = (static_cast<double>(i) + u) / own * s.share[t];
+      for (std::int64_t i = 0; i < each; ++i) {
+        pick(t, (static_cast<double>(i) + u) / own * s.share[t], s.share[t] * normal / own);
       }
-      take(t, 0.0, 0, s.targets.size(), s.share[t] * normal / own);
     }
   } else {
-    s.targets.resize(static_cast<std::size_t>(s_.samples + 1));
+    const auto count = static_cast<std::size_t>(s_.samples);
+    s.targets.resize(count + 1);
     const double shared = s_.method == SamplingMethod::kSystematic ? draws.value(0) : 0.0;
     for (std::int64_t i = 0; i < s_.samples; ++i) {
       const double u = s_.method == SamplingMethod::kSystematic ? shared : draws.value(i);
@@ -691,33 +713,41 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
     s.targets.back() = kInfinity;
     // Tiles in which some targets lie. Where slices have one each, the slice says how many there are up to a place,
     // give or take one: to walk from target to target instead would be a guess for the processor at each of them.
+    // Tiles in which some targets lie. Where slices have one each, the slice says how many there are up to a place,
+    // give or take one: to walk from target to target instead would be a guess for the processor at each of them.
     s.openings.resize(tiles);
     std::size_t last_tile = tiles - 1, opened = 0, m = 0;
     while (s.share[last_tile] == 0.0) --last_tile;
-    const double slices = s_.method == SamplingMethod::kIid ? 0.0 : samples / sampled;
+    const bool slices = s_.method != SamplingMethod::kIid;
+    const double per_share = samples / sampled * (1.0 - 1e-12);
     double before = 0.0;
     for (std::size_t t = 0; t <= last_tile; ++t) {
-      // The last tile takes what rounding has left.
       const double after = before + s.share[t];
-      std::size_t last = std::max(m, static_cast<std::size_t>(after * slices * (1.0 - 1e-12)));
-      last = t == last_tile ? s.targets.size() - 1 : std::min(last, s.targets.size() - 1);
+      std::size_t last = slices ? std::min(static_cast<std::size_t>(after * per_share), count) : m;
       last += s.targets[last] <= after ? 1 : 0;
       while (s.targets[last] <= after) ++last;
+      if (t == last_tile) last = count;  // what rounding has left
       s.openings[opened] = {t, m, last, before};
       const bool open = last > m && s.share[t] > 0.0;
       opened += open ? 1 : 0;
       m = open ? last : m;
       before = after;
     }
-    s.openings.resize(opened);
-    constexpr std::size_t kAhead = 12;  // logits lie where no processor looks ahead
-    for (std::size_t i = 0; i < s.openings.size(); ++i) {
-      for (int line = 0; i + kAhead < s.openings.size() && line < kTileKeys / 16; ++line) {
-        __builtin_prefetch(logits.tile(s.openings[i + kAhead].tile) + line * 16);
+    for (std::size_t i = 0; i < opened; ++i) {
+      constexpr std::size_t kAhead = 8;
+      if (i + kAhead < opened) {
+        __builtin_prefetch(state.parts_of(static_cast<std::int64_t>(s.openings[i + kAhead].tile), row));
       }
       const Opening& open = s.openings[i];
-      take(open.tile, open.before, open.first, open.last, sampled * normal / samples);
+      for (std::size_t n = open.first; n < open.last; ++n) {
+        pick(open.tile, s.targets[n] - open.before, sampled * normal / samples);
+      }
     }
+  }
+  sampling_.find(s.picks.data(), static_cast<std::int64_t>(s.picks.size()));
+  for (std::size_t i = 0, next; i < s.picks.size(); i = next) {
+    for (next = i + 1; next < s.picks.size() && s.picks[next].key == s.picks[i].key;) ++next;
+    add(s.picks[i].key, static_cast<double>(next - i) * s.picks[i].weight);
   }
   const auto at = [&](std::size_t i) { return s.terms.begin() + static_cast<std::ptrdiff_t>(i); };
   const auto by_key = [](const ValueTerm& a, const ValueTerm& b) { return a.key < b.key; };

@@ -22,37 +22,14 @@ HEDDLE_INLINE F ceil(F x) {
 }
 
 // Lanes where a < b, as bits.
-HEDDLE_INLINE std::uint64_t below(F a, F b) {
+HEDDLE_INLINE std::uint32_t below(F a, F b) {
 #if HEDDLE_ISA_LEVEL >= 2
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
 #else
-  std::uint64_t bits = 0;
-  for (int i = 0; i < kWidth; ++i) bits |= std::uint64_t{a[i] < b[i]} << i;
+  std::uint32_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= std::uint32_t{a[i] < b[i]} << i;
   return bits;
 #endif
-}
-
-HEDDLE_INLINE float sum_of(F x) {
-#if HEDDLE_ISA_LEVEL >= 2
-  return _mm512_reduce_add_ps((__m512)x);
-#else
-  return reduce_add(x);
-#endif
-}
-
-// The mass of logits x(0) .. x(kVectors - 1).
-template <class Logits>
-HEDDLE_INLINE TileMass mass_of(Logits&& x) {
-  F highest = negative_infinity();
-  HEDDLE_UNROLL
-  for (int n = 0; n < kVectors; ++n) highest = max(x(n), highest);
-  const float top = __builtin_ceilf(reduce_max(highest));
-  // A tile with nothing in it takes any base: 2^-inf is 0. A NaN gets past max but not past the sum.
-  const F base = set1(top == -__builtin_inff() ? 0.0f : top);
-  F sum{};
-  HEDDLE_UNROLL
-  for (int n = 0; n < kVectors; ++n) sum = sum + exp2<5>(x(n) - base);
-  return {top, sum_of(sum)};
 }
 
 struct Larger {
@@ -67,14 +44,22 @@ struct Sum {
   }
 };
 
+#if HEDDLE_ISA_LEVEL >= 2
+// Of four vectors (of R, again from the first one on), lane r of each 128 bits: vector r's maximum or sum over them.
+template <int R, class Op>
+HEDDLE_INLINE F reduce_quads(const F (&x)[R], Op&& op) {
+  const __m512 a = (__m512)x[0], b = (__m512)x[1 % R], c = (__m512)x[2 % R], d = (__m512)x[3 % R];
+  const F ab = op((F)_mm512_unpacklo_ps(a, b), (F)_mm512_unpackhi_ps(a, b));
+  const F cd = op((F)_mm512_unpacklo_ps(c, d), (F)_mm512_unpackhi_ps(c, d));
+  return op((F)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0x44), (F)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0xee));
+}
+#endif
+
 // Maxima or sums of R vectors' lanes: those of vector r in every lane 4 i + r (of one vector: in every lane).
 template <int R, class Op>
 HEDDLE_INLINE F reduce_rows(const F (&x)[R], Op&& op) {
 #if HEDDLE_ISA_LEVEL >= 2
-  const __m512 a = (__m512)x[0], b = (__m512)x[1 % R], c = (__m512)x[2 % R], d = (__m512)x[3 % R];
-  const F ab = op((F)_mm512_unpacklo_ps(a, b), (F)_mm512_unpackhi_ps(a, b));
-  const F cd = op((F)_mm512_unpacklo_ps(c, d), (F)_mm512_unpackhi_ps(c, d));
-  F t = op((F)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0x44), (F)_mm512_shuffle_ps((__m512)ab, (__m512)cd, 0xee));
+  F t = reduce_quads(x, op);
   t = op(t, (F)_mm512_shuffle_f32x4((__m512)t, (__m512)t, 0x4e));
   return op(t, (F)_mm512_shuffle_f32x4((__m512)t, (__m512)t, 0xb1));
 #else
@@ -99,10 +84,73 @@ HEDDLE_INLINE F row_of(F x, int r) {
   return x;
 }
 
+// The parts of the masses of R rows with weights e, and the masses; `rows` of them are asked for.
+template <int R>
+HEDDLE_INLINE void store_parts(const F (&e)[R][kVectors], std::int64_t rows, float* parts, float (&sums)[R]) {
+#if HEDDLE_ISA_LEVEL >= 2
+  static_assert(kVectors == 4 && kTileParts == 4);
+  F quad[4];
+  HEDDLE_UNROLL
+  for (int r = 0; r < 4; ++r) quad[r] = reduce_quads(e[r % R], Sum{});
+  const auto halves = [](F a, F b) {
+    return (F)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88) + (F)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xdd);
+  };
+  const F all = halves(halves(quad[0], quad[1]), halves(quad[2], quad[3]));  // lane 4 r + n: part n of row r
+  F total = all + (F)_mm512_permute_ps((__m512)all, 0xb1);
+  total = total + (F)_mm512_permute_ps((__m512)total, 0x4e);
+  if (R == 4 && rows == 4) {
+    store(parts, all);
+  } else {
+    _mm512_mask_storeu_ps(parts, static_cast<__mmask16>((1u << (4 * rows)) - 1), (__m512)all);
+  }
+  HEDDLE_UNROLL
+  for (int r = 0; r < R; ++r) sums[r] = total[4 * r];
+#else
+  constexpr int kEach = kPartKeys / kWidth;
+  for (int r = 0; r < R && r < rows; ++r) {
+    sums[r] = 0.0f;
+    for (int n = 0; n < kTileParts; ++n) {
+      F sum = e[r][n * kEach];
+      for (int i = 1; i < kEach; ++i) sum = sum + e[r][n * kEach + i];
+      parts[r * kTileParts + n] = reduce_add(sum);
+      sums[r] += parts[r * kTileParts + n];
+    }
+  }
+#endif
+}
+
+// The masses and their parts of logits of R rows, of which `rows` are asked for.
+template <int R>
+HEDDLE_INLINE void masses_of(const F (&x)[R][kVectors], std::int64_t rows, TileMass* mass, float* parts,
+                             std::int64_t stride) {
+  F top[R], e[R][kVectors];
+  HEDDLE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    top[r] = max(x[r][0], negative_infinity());
+    HEDDLE_UNROLL
+    for (int n = 1; n < kVectors; ++n) top[r] = max(x[r][n], top[r]);
+  }
+  const F tops = ceil(reduce_rows(top, Larger{}));
+  // A tile with nothing in it takes any base: 2^-inf is 0. A NaN gets past max but not past the sum.
+  const F bases = blend(tops == negative_infinity(), F{}, tops);
+  HEDDLE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const F base = row_of<R>(bases, r);
+    HEDDLE_UNROLL
+    for (int n = 0; n < kVectors; ++n) e[r][n] = exp2<5>(x[r][n] - base);
+  }
+  float sums[R];
+  store_parts(e, rows, parts, sums);
+  HEDDLE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    if (r < rows) mass[r * stride] = {tops[r], sums[r]};
+  }
+}
+
 // Rows from `first` on, `rows` of them (R, or fewer of scores that are padded to R).
 template <int R>
 HEDDLE_INLINE void logits_of(const TileScores& tile, std::int64_t first, std::int64_t rows) {
-  F x[R][kVectors], top[R], sum[R];
+  F x[R][kVectors];
   HEDDLE_UNROLL
   for (int r = 0; r < R; ++r) {
     const std::int64_t row = first + (r < rows ? r : 0);
@@ -122,35 +170,22 @@ HEDDLE_INLINE void logits_of(const TileScores& tile, std::int64_t first, std::in
         x[r][n] = select(lane_bits(tile.bits[row], n), x[r][n], negative_infinity());
       }
     }
-    top[r] = negative_infinity();
-    HEDDLE_UNROLL
-    for (int n = 0; n < kVectors; ++n) top[r] = max(x[r][n], top[r]);
-    if (r < rows) {
-      float* out = tile.logits + (first + r) * kTileKeys;
+    if (r >= rows) continue;
+    float* out = tile.logits + row * kTileKeys;
+#if HEDDLE_ISA_LEVEL >= 2
+    if (tile.next == 0) {  // the lines that would be overwritten are not read
       HEDDLE_UNROLL
-      for (int n = 0; n < kVectors; ++n) store(out + n * kWidth, x[r][n]);
-      HEDDLE_UNROLL
-      for (int n = 0; n < kTileKeys; n += 16) __builtin_prefetch(out + tile.next + n, 1);
+      for (int n = 0; n < kVectors; ++n) _mm512_stream_ps(out + n * kWidth, (__m512)x[r][n]);
+      continue;
     }
-  }
-  const F tops = ceil(reduce_rows(top, Larger{}));
-  // A tile with nothing in it takes any base: 2^-inf is 0. A NaN gets past max but not past the sum.
-  const F bases = blend(tops == negative_infinity(), F{}, tops);
-  HEDDLE_UNROLL
-  for (int r = 0; r < R; ++r) {
-    const F base = row_of<R>(bases, r);
-    F e[kVectors];
+#endif
     HEDDLE_UNROLL
-    for (int n = 0; n < kVectors; ++n) e[n] = exp2<5>(x[r][n] - base);
-    sum[r] = e[0];
+    for (int n = 0; n < kVectors; ++n) store(out + n * kWidth, x[r][n]);
     HEDDLE_UNROLL
-    for (int n = 1; n < kVectors; ++n) sum[r] = sum[r] + e[n];
+    for (int n = 0; n < kTileKeys; n += 16) __builtin_prefetch(out + tile.next + n, 1);
   }
-  const F sums = reduce_rows(sum, Sum{});
-  HEDDLE_UNROLL
-  for (int r = 0; r < R; ++r) {
-    if (r < rows) tile.mass[(first + r) * tile.mass_stride] = {tops[r], sums[r]};
-  }
+  __builtin_prefetch(tile.parts + first * kTileParts + tile.next_parts, 1);
+  masses_of(x, rows, tile.mass + first * tile.mass_stride, tile.parts + first * kTileParts, tile.mass_stride);
 }
 
 void logits(const TileScores& tile) {
@@ -164,8 +199,15 @@ void logits(const TileScores& tile) {
   for (std::int64_t r = 0; r < tile.rows; ++r) logits_of<1>(tile, r, 1);
 }
 
-TileMass mass(const float* logits, std::uint64_t bits) {
-  return mass_of([&](int n) { return select(lane_bits(bits, n), load(logits + n * kWidth), negative_infinity()); });
+TileMass mass(const float* logits, std::uint64_t bits, float* parts) {
+  F x[1][kVectors];
+  HEDDLE_UNROLL
+  for (int n = 0; n < kVectors; ++n) {
+    x[0][n] = select(lane_bits(bits, n), load(logits + n * kWidth), negative_infinity());
+  }
+  TileMass all;
+  masses_of(x, 1, &all, parts, 0);
+  return all;
 }
 
 float largest(const float* logits, std::uint64_t bits) {
@@ -215,30 +257,23 @@ void weights(const float* logits, std::uint64_t bits, float top, float* out) {
   for (int n = 0; n < kVectors; ++n) store(out + n * kWidth, weight_of(logits, bits, top, n));
 }
 
-void find(const float* logits, std::uint64_t bits, float top, const double* targets, std::int64_t count, double before,
-          double scale, std::uint8_t* keys) {
-  F sums[kVectors];        // of the weights up to each key
-  std::uint64_t some = 0;  // keys that weigh something
-  float carry = 0.0f;
-  HEDDLE_UNROLL
-  for (int n = 0; n < kVectors; ++n) {
-    const F x = weight_of(logits, bits, top, n);
-    some |= below(F{}, x) << (n * kWidth);
-    sums[n] = sums_within(x) + set1(carry);
-    carry = sums[n][kWidth - 1];
-  }
+void find(Pick* picks, std::int64_t count) {
+  constexpr int kEach = kPartKeys / kWidth;
   for (std::int64_t i = 0; i < count; ++i) {
-    const F target = set1(static_cast<float>((targets[i] - before) * scale));
+    Pick& pick = picks[i];
+    const F target = set1(pick.target);
+    std::uint32_t some = 0;  // keys that weigh something
     int key = 0;
+    float carry = 0.0f;
     HEDDLE_UNROLL
-    for (int n = 0; n < kVectors; ++n) key += __builtin_popcountll(below(sums[n], target));
-    // Rounding may have passed the last key, or stopped at one without weight.
-    if (key >= kTileKeys) key = kTileKeys - 1;
-    if ((some >> key & 1) == 0) {
-      const std::uint64_t earlier = some & ((std::uint64_t{1} << key) - 1);
-      key = earlier != 0 ? 63 - __builtin_clzll(earlier) : __builtin_ctzll(some);
+    for (int n = 0; n < kEach; ++n) {
+      const F x = weight_of(pick.logits, pick.bits, pick.top, n);
+      const F sums = sums_within(x) + set1(carry);  // of the weights up to each key
+      carry = sums[kWidth - 1];
+      some |= below(F{}, x) << (n * kWidth);
+      key += __builtin_popcount(below(sums, target));
     }
-    keys[i] = static_cast<std::uint8_t>(key);
+    pick.key += nearest(some, key);
   }
 }
 
