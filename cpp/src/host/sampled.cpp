@@ -713,8 +713,6 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
     s.targets.back() = kInfinity;
     // Tiles in which some targets lie. Where slices have one each, the slice says how many there are up to a place,
     // give or take one: to walk from target to target instead would be a guess for the processor at each of them.
-    // Tiles in which some targets lie. Where slices have one each, the slice says how many there are up to a place,
-    // give or take one: to walk from target to target instead would be a guess for the processor at each of them.
     s.openings.resize(tiles);
     std::size_t last_tile = tiles - 1, opened = 0, m = 0;
     while (s.share[last_tile] == 0.0) --last_tile;

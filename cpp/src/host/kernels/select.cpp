@@ -106,6 +106,25 @@ bool finish(const RawScores& b, float* out, std::int64_t stride) {
   return good;
 }
 
+// max(0, x) that keeps a NaN.
+HEDDLE_INLINE F relu(F x) { return max(F{}, x); }
+
+void index(const RawScores& b, const float* weights, bool first, float* out) {
+  for_vectors(b.count, out, [&](std::int64_t j) {
+    F sum{};
+    if (!first) {
+      alignas(64) float there[kWidth] = {};
+      const std::int64_t left = b.count - j < kWidth ? b.count - j : kWidth;
+      std::memcpy(there, out + j, static_cast<std::size_t>(left) * 4);
+      sum = load(there);
+    }
+    for (std::int64_t r = 0; r < b.rows; ++r) {
+      sum = fma(set1(weights[r]), relu(finish_score(b, r, static_cast<int>(j))), sum);
+    }
+    return sum;
+  });
+}
+
 HEDDLE_INLINE F value_term(F norm, const ValueTerm& t) {
   if (t.plain) return set1(t.beta) * log(norm + set1(t.epsilon));
   // max(0, log n) = log max(1, n), and NaN stays.
@@ -161,9 +180,6 @@ void add_weighted(const float* x, std::int64_t dim, const float* weights, std::i
 }
 
 // --- indexer ---
-
-// max(0, x) that keeps a NaN.
-HEDDLE_INLINE F relu(F x) { return max(F{}, x); }
 
 #if HEDDLE_ISA_LEVEL >= 4
 template <Math math>
@@ -325,6 +341,8 @@ float estimate(const float* x, std::int64_t n, std::int64_t k, std::uint32_t* ke
   const std::int64_t step = n / kSample;
   std::int64_t count = 0;
   for (std::int64_t i = 0; i < kSample; ++i) {
+    constexpr std::int64_t kAhead = 32;  // each lies in a line of its own
+    if (i + kAhead < kSample) __builtin_prefetch(x + (i + kAhead) * step);
     const float v = x[i * step];
     keys[count] = ordered(v);
     count += v == v ? 1 : 0;
@@ -365,6 +383,7 @@ bool top_k(const float* x, std::int64_t n, std::int64_t k, std::int32_t base, st
 extern const SelectKernels kSelectKernels;
 const SelectKernels kSelectKernels{.index_tile = index_tile,
                                    .reduce = reduce,
+                                   .index = index,
                                    .finish = finish,
                                    .add_terms = add_terms,
                                    .squared_distances = squared_distances,
