@@ -30,7 +30,7 @@ struct ValueTerm {
 };
 
 // Scratch of top_k for n scores: this many bytes, aligned to 64.
-constexpr std::size_t top_k_bytes(std::int64_t n) { return (static_cast<std::size_t>(n) + 64) * 8 + 8192 * 4; }
+constexpr std::size_t top_k_bytes(std::int64_t n) { return (static_cast<std::size_t>(n) + 64) * 8; }
 
 // The heads of an indexer's query, packed (TileKernels::pack_queries) and padded with zeros to a multiple of
 // kIndexRows.

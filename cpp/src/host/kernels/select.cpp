@@ -313,30 +313,43 @@ bool collect(const float* x, std::int64_t n, float least, Candidates& c) {
   return true;
 }
 
-// The k-th largest key, digit by digit from the top; `ties` becomes how many of those equal to it belong to the k.
-std::uint32_t kth_largest(const std::uint32_t* keys, std::int64_t n, std::int64_t k, std::uint32_t* histogram,
-                          std::int64_t& ties) {
-  constexpr int kShifts[] = {21, 10, 0};
-  constexpr std::uint32_t kDigits[] = {1u << 11, 1u << 11, 1u << 10};
-  std::uint32_t prefix = 0, mask = 0;
-  for (int pass = 0; pass < 3; ++pass) {
-    const int shift = kShifts[pass];
-    const std::uint32_t digits = kDigits[pass];
-    std::memset(histogram, 0, digits * 4);
-    for (std::int64_t i = 0; i < n; ++i) {
-      if ((keys[i] & mask) == prefix) ++histogram[keys[i] >> shift & (digits - 1)];
-    }
-    std::uint32_t digit = digits - 1;
-    while (static_cast<std::int64_t>(histogram[digit]) < k) k -= histogram[digit--];
-    prefix |= digit << shift;
-    mask |= (digits - 1) << shift;
+std::int64_t count_at_least(const std::uint32_t* keys, std::int64_t n, std::uint32_t least) {
+#if HEDDLE_ISA_LEVEL >= 2
+  const __m512i bound = _mm512_set1_epi32(static_cast<int>(least)), one = _mm512_set1_epi32(1);
+  __m512i counts = _mm512_setzero_si512();
+  std::int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __mmask16 in = _mm512_cmpge_epu32_mask(_mm512_loadu_si512(keys + i), bound);
+    counts = _mm512_mask_add_epi32(counts, in, counts, one);
   }
-  ties = k;
-  return prefix;
+  const auto rest = static_cast<__mmask16>((1u << (n - i)) - 1);
+  const __mmask16 in = _mm512_mask_cmpge_epu32_mask(rest, _mm512_maskz_loadu_epi32(rest, keys + i), bound);
+  return _mm512_reduce_add_epi32(_mm512_mask_add_epi32(counts, in, counts, one));
+#else
+  std::int32_t count = 0;
+  for (std::int64_t i = 0; i < n; ++i) count += keys[i] >= least ? 1 : 0;
+  return count;
+#endif
+}
+
+// A number above which lie k - `ties` keys, where `ties` or more are equal to it: bit by bit from the top, each with a
+// count of all keys, until some number of bits says which k they are.
+std::uint32_t kth_largest(const std::uint32_t* keys, std::int64_t n, std::int64_t k, std::int64_t& ties) {
+  std::uint32_t found = 0;
+  for (std::uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
+    const std::int64_t count = count_at_least(keys, n, found | bit);
+    if (count == k) {
+      ties = 0;
+      return (found | bit) - 1;
+    }
+    if (count > k) found |= bit;
+  }
+  ties = k - (found == ~0u ? 0 : count_at_least(keys, n, found + 1));
+  return found;
 }
 
 // A number that about `want` of x, and hardly ever fewer than k of them, lie at or above: from a sample.
-float estimate(const float* x, std::int64_t n, std::int64_t k, std::uint32_t* keys, std::uint32_t* histogram) {
+float estimate(const float* x, std::int64_t n, std::int64_t k, std::uint32_t* keys) {
   constexpr std::int64_t kSample = 1024;
   const std::int64_t step = n / kSample;
   std::int64_t count = 0;
@@ -352,22 +365,21 @@ float estimate(const float* x, std::int64_t n, std::int64_t k, std::uint32_t* ke
   const std::int64_t rank = static_cast<std::int64_t>(expected + 3.0 * __builtin_sqrt(expected) + 6.0);
   if (rank >= count) return -__builtin_inff();
   std::int64_t ties = 0;
-  const std::uint32_t key = kth_largest(keys, count, rank, histogram, ties);
+  const std::uint32_t key = kth_largest(keys, count, rank, ties);
   return float_from_bits((key >> 31) != 0 ? key ^ 0x80000000u : ~key);
 }
 
 bool top_k(const float* x, std::int64_t n, std::int64_t k, std::int32_t base, std::int32_t* out, void* scratch) {
   constexpr std::int64_t kSampled = 8192;  // fewer are looked at one by one
-  auto* histogram = static_cast<std::uint32_t*>(scratch);
-  Candidates c{histogram + 8192, nullptr, 0};
+  Candidates c{static_cast<std::uint32_t*>(scratch), nullptr, 0};
   c.positions = reinterpret_cast<std::int32_t*>(c.keys + n + 64);
   float least = -__builtin_inff();
-  if (n >= kSampled && k <= n / 4) least = estimate(x, n, k, c.keys, histogram);
+  if (n >= kSampled && k <= n / 4) least = estimate(x, n, k, c.keys);
   if (!collect(x, n, least, c)) return false;
   if (c.count < k && !collect(x, n, -__builtin_inff(), c)) return false;
 
   std::int64_t ties = 0;
-  const std::uint32_t bound = kth_largest(c.keys, c.count, k, histogram, ties);
+  const std::uint32_t bound = kth_largest(c.keys, c.count, k, ties);
   std::int64_t written = 0;
   for (std::int64_t i = 0; written < k; ++i) {
     const bool tie = c.keys[i] == bound && ties > 0;
