@@ -212,7 +212,8 @@ void value_norms(const Problem& p, std::int64_t request, std::int64_t kv_head, s
   const Request& r = p.requests[static_cast<std::size_t>(request)];
   const bool plain = p.v.scale == nullptr && p.v.mean == nullptr;
   for (std::int64_t key = begin; key < end; ++key) {
-    const Place at = place_of(p, r, key);
+    const Place at = place_of(p, r, key), next = place_of(p, r, std::min(key + kRowsAhead, r.kv_len - 1));
+    fetch_row(p.v, next.page, kv_head, next.slot);
     if (plain) {
       const std::byte* x = p.v.row(at.page, kv_head, at.slot);
       out[key - begin] = static_cast<float>(std::sqrt(kernels.sum_squares(x, p.v.dtype, p.v.dim)));

@@ -96,6 +96,14 @@ inline Place place_of(const Problem& p, const Request& r, std::int64_t key) {
   return {r.pages[key / p.page_size], key % p.page_size};
 }
 
+// Fetches a row: those of one head lie apart, where no processor looks ahead.
+inline void fetch_row(const Rows& rows, std::int64_t page, std::int64_t head, std::int64_t slot) {
+  const std::byte* row = rows.row(page, head, slot);
+  const std::int64_t bytes = rows.dim * static_cast<std::int64_t>(size_of(rows.dtype));
+  for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+}
+inline constexpr std::int64_t kRowsAhead = 16;
+
 // One row as floats, as it is meant: scaled, mean added. `out` has the row's dim.
 void read_row(const Rows& rows, std::int64_t page, std::int64_t head, std::int64_t slot, float* out);
 // The scale of a query row that the call quantizes.
