@@ -23,12 +23,22 @@ HEDDLE_INLINE F blend(I on, F x, F otherwise) { return as_float((on & as_int(x))
 // Natural logarithm of positive normal numbers, relative error 1e-7 (Cephes' logf); +inf stays, 0 and below give
 // meaningless numbers, NaN stays NaN.
 HEDDLE_INLINE F log(F x) {
+#if HEDDLE_ISA_LEVEL >= 2
+  x = max(set1(0x1p-126f), x);
+  F m = (F)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_src);  // [0.5, 1)
+  F e = (F)_mm512_getexp_ps((__m512)x);
+  const __mmask16 low = _mm512_cmp_ps_mask((__m512)m, _mm512_set1_ps(0.70710678f), _CMP_LT_OQ);
+  m = (F)_mm512_mask_add_ps((__m512)m, low, (__m512)m, (__m512)m) - set1(1.0f);
+  e = (F)_mm512_mask_add_ps((__m512)e, ~low, (__m512)e, _mm512_set1_ps(1.0f));
+#else
   const I bits = as_int(x);
   I exponent = ((bits >> 23) & 0xff) - 126;
   F m = as_float((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
   const I low = m < set1(0.70710678f);
   exponent = exponent + low;  // true is -1
   m = blend(low, m + m, m) - set1(1.0f);
+  const F e = to_float(exponent);
+#endif
   F p = fma(set1(7.0376836292e-2f), m, set1(-1.1514610310e-1f));
   p = fma(p, m, set1(1.1676998740e-1f));
   p = fma(p, m, set1(-1.2420140846e-1f));
@@ -37,13 +47,18 @@ HEDDLE_INLINE F log(F x) {
   p = fma(p, m, set1(2.0000714765e-1f));
   p = fma(p, m, set1(-2.4999993993e-1f));
   p = fma(p, m, set1(3.3333331174e-1f));
-  const F z = m * m, e = to_float(exponent);
+  const F z = m * m;
   F y = p * m * z;
   y = fma(e, set1(-2.12194440e-4f), y);
   y = fma(z, set1(-0.5f), y);
   y = fma(e, set1(0.693359375f), m + y);
+#if HEDDLE_ISA_LEVEL >= 2
+  constexpr int kStays = 0x01 | 0x80 | 0x08;  // NaN, +inf
+  return (F)_mm512_mask_mov_ps((__m512)y, _mm512_fpclass_ps_mask((__m512)x, kStays), (__m512)x);
+#else
   y = blend(x == set1(__builtin_inff()), x, y);
   return blend(x != x, x, y);
+#endif
 }
 
 // The score of kWidth keys of a row.
@@ -128,7 +143,7 @@ void index(const RawScores& b, const float* weights, bool first, float* out) {
 HEDDLE_INLINE F value_term(F norm, const ValueTerm& t) {
   if (t.plain) return set1(t.beta) * log(norm + set1(t.epsilon));
   // max(0, log n) = log max(1, n), and NaN stays.
-  return set1(t.beta) * log(blend(norm < set1(1.0f), set1(1.0f), norm));
+  return set1(t.beta) * log(max(set1(1.0f), norm));
 }
 
 bool add_terms(const float* norms, std::int64_t n, const ValueTerm& t, float* metric) {
