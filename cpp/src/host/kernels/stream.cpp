@@ -693,6 +693,7 @@ HEDDLE_INLINE void visit_keys(const StreamTile* heads, int num_heads, const Stre
       run.ahead = row == 0 ? &ahead : nullptr;
       scores_of<r>(run, heads[h], step, row);
     });
+    if (step.scored != nullptr) step.scored(step.context, h, run.first, run.last);
   });
 }
 
