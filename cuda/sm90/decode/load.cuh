@@ -71,7 +71,8 @@ class Loader {
   // Tiles are issued one behind, so that the places of a tile's keys are on their way while the one before is issued.
   __device__ void run() {
     chunk_ = load_chunk(p_.own + blockIdx.x);
-    most_in_flight_ = min(Config::kInFlight + (chunk_.per_cta > 1), Config::kStages);
+    const int more = (chunk_.per_cta > 1) + (p_.list != nullptr);
+    most_in_flight_ = min(Config::kInFlight + more, Config::kStages);
     walk_.at = chunk_.begin;
     Tile pending;
     Row pending_row;
@@ -118,6 +119,7 @@ class Loader {
       item_ = walk_.next(p_.shape, chunk_, keys_, p_.max_splits);
       begin_ = item_.begin;
       flushed_ = false;
+      if (p_.list != nullptr) fetch_list();
       announce({item_, row_tile_, head_, request_, kv_len_, all_see_from_, all_see_to_});
     } else if (!flushed_) {
       flushed_ = true;
@@ -169,7 +171,7 @@ class Loader {
     const unsigned entry = unit / per_entry;
     const int unit_in_entry = static_cast<int>(unit % per_entry);
     row_tile_ = unit_in_entry % p_.row_tiles;
-    if (p_.tokens != nullptr) {
+    if (p_.list != nullptr) {
       request_ = static_cast<int>(entry / static_cast<unsigned>(p_.num_kv_heads));
       head_ = static_cast<int>(entry % static_cast<unsigned>(p_.num_kv_heads));
     } else {
@@ -181,22 +183,44 @@ class Loader {
     const bool known = unit == chunk_.begin.unit;  // the plan left them with the chunk
     kv_len_ = known ? chunk_.kv_len : kv_len_of(p_, request_);
     visible_ = p_.mask.visible(kv_len_);
-    keys_ = known ? chunk_.keys : p_.tokens != nullptr ? __ldcg(p_.counts + entry) : visible_.count;
+    keys_ = known ? chunk_.keys : p_.list != nullptr ? __ldcg(p_.counts + entry) : visible_.count;
     // The keys that every query sees, among the visible ones; those of a list are tested one by one.
     const int left = min(p_.mask.left, p_.mask.select_left), right = min(p_.mask.right, p_.mask.select_right);
     const int shift = visible_.globals - visible_.first;
     all_see_from_ = max(visible_.globals, kv_len_ - 1 - left + shift);
-    all_see_to_ = p_.tokens != nullptr ? 0 : kv_len_ - p_.mask.num_queries + right + 1 + shift;
+    all_see_to_ = p_.list != nullptr ? 0 : kv_len_ - p_.mask.num_queries + right + 1 + shift;
+  }
+
+  __device__ const std::int32_t* list_of(int request, int head) const {
+    return p_.list + request * p_.list_batch_stride + head * p_.list_head_stride;
+  }
+
+  // An item's part of its list, into L2: what look_up() waits for is then near.
+  __device__ void fetch_list() const {
+    constexpr int kLine = 32;  // entries of 128 bytes
+    const int keys = static_cast<int>(p_.list_keys), end = (item_.end + keys - 1) / keys;
+    const std::int32_t* list = list_of(request_, head_);
+#pragma unroll 1
+    for (int i = item_.begin / keys + (warp_ * 32 + lane_) * kLine; i < end; i += kLoadWarps * 32 * kLine) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(list + i));
+    }
   }
 
   __device__ Row look_up(const Tile& tile) const {
     Row row;
     const int at = first_row_ + lane_ % kWarpKeys, i = tile.begin + at;
     if (at >= tile.keys) return row;
-    const int key =
-        p_.tokens == nullptr
-            ? visible_.key(i)
-            : __ldg(p_.tokens + tile.request * p_.tokens_batch_stride + tile.head * p_.tokens_head_stride + i);
+    int key;
+    if (p_.list == nullptr) {
+      key = visible_.key(i);
+    } else if (p_.list_keys == 1) {
+      key = __ldg(list_of(tile.request, tile.head) + i);
+    } else {
+      const unsigned entry = static_cast<unsigned>(i) / p_.list_keys;
+      const auto page = static_cast<unsigned>(__ldg(list_of(tile.request, tile.head) + entry));
+      if (page > static_cast<unsigned>(kv_len_) / p_.list_keys) return row;  // it may be any number
+      key = static_cast<int>((page - entry) * p_.list_keys) + i;
+    }
     if (static_cast<unsigned>(key) >= static_cast<unsigned>(kv_len_)) return row;
     const unsigned index = static_cast<unsigned>(key) / p_.page_size;
     row.key = key;
