@@ -150,83 +150,70 @@ class Math {
   // Q as operands in shared memory. A warp takes a row at a time; a lane has elements 4 lane to 4 lane + 3 of each 128.
   __device__ void stage_queries() {
     constexpr int kLoads = (kDim + 127) / 128;
-    constexpr int kTogether = kLoads == 1 ? 4 : 2;  // rows of a warp that are fetched together
-    const int tile_rows = p_.unit_heads * p_.rows_per_tile;
-    std::uint32_t together[kTogether][kLoads][2];
 #pragma unroll 1
-    for (int first = warp_; first < tile_rows; first += kTogether * kMathWarps) {
+    for (int tile_row = warp_; tile_row < p_.unit_heads * p_.rows_per_tile; tile_row += kMathWarps) {
+      const int head_in_unit = tile_row / p_.rows_per_tile;
+      const int row = work_.row_tile * p_.rows_per_tile + tile_row % p_.rows_per_tile;
+      const bool inside = row < p_.rows();
+      const int query = inside ? row / p_.group : 0;
+      const int head = (work_.head + head_in_unit) * p_.group + (inside ? row % p_.group : 0);
+      const char* q = p_.q + work_.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
+      std::uint32_t pairs[kLoads][2];
 #pragma unroll
-      for (int u = 0; u < kTogether; ++u) {
-        const int tile_row = first + u * kMathWarps, head_in_unit = tile_row / p_.rows_per_tile;
-        const int row = work_.row_tile * p_.rows_per_tile + tile_row % p_.rows_per_tile;
-        const bool inside = tile_row < tile_rows && row < p_.rows();
-        const int query = inside ? row / p_.group : 0;
-        const int head = (work_.head + head_in_unit) * p_.group + (inside ? row % p_.group : 0);
-        const char* q = p_.q + work_.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
+      for (int l = 0; l < kLoads; ++l) {
+        const int element = 4 * (lane_ + 32 * l);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) pairs[l][i] = inside && element < kDim ? load_pair(q + 2 * element + 4 * i) : 0u;
+      }
+      auto* words = reinterpret_cast<std::uint32_t*>(shared_.query[tile_row]);
+      if constexpr (!Format::kScaled) {
 #pragma unroll
         for (int l = 0; l < kLoads; ++l) {
-          const int element = 4 * (lane_ + 32 * l);
+          const int word = 2 * (lane_ + 32 * l);
+          if (2 * word < kDim) *reinterpret_cast<uint2*>(words + word) = make_uint2(pairs[l][0], pairs[l][1]);
+        }
+      } else {
+        float x[kLoads][4], largest = 0.0f;
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            together[u][l][i] = inside && element < kDim ? load_pair(q + 2 * element + 4 * i) : 0u;
+            const float2 two = to_floats(pairs[l][i]);
+            x[l][2 * i] = two.x;
+            x[l][2 * i + 1] = two.y;
+            largest = fmaxf(largest, fmaxf(fabsf(two.x), fabsf(two.y)));
           }
         }
-      }
 #pragma unroll
-      for (int u = 0; u < kTogether; ++u) {
-        const int tile_row = first + u * kMathWarps;
-        if (tile_row >= tile_rows) break;
-        const std::uint32_t (&pairs)[kLoads][2] = together[u];
-        auto* words = reinterpret_cast<std::uint32_t*>(shared_.query[tile_row]);
-        if constexpr (!Format::kScaled) {
-#pragma unroll
-          for (int l = 0; l < kLoads; ++l) {
-            const int word = 2 * (lane_ + 32 * l);
-            if (2 * word < kDim) *reinterpret_cast<uint2*>(words + word) = make_uint2(pairs[l][0], pairs[l][1]);
-          }
+        for (int lanes = 1; lanes < 32; lanes *= 2) {
+          largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, lanes));
+        }
+        float scale = 1.0f;  // of the row
+        if constexpr (Format::kInt8) {
+          scale = p_.q_scale != nullptr ? __ldg(p_.q_scale) : p_.q_static_scale;
+          if (!(scale > 0.0f)) scale = largest / 127.0f;
         } else {
-          float x[kLoads][4], largest = 0.0f;
+          // A power of two, so that the row fits fp16 whatever its range: the largest element becomes 1 to 2.
+          const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
+          if (exponent > -127 && exponent < 127) scale = __uint_as_float(static_cast<unsigned>(exponent + 127) << 23);
+        }
 #pragma unroll
-          for (int l = 0; l < kLoads; ++l) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const float2 two = to_floats(pairs[l][i]);
-              x[l][2 * i] = two.x;
-              x[l][2 * i + 1] = two.y;
-              largest = fmaxf(largest, fmaxf(fabsf(two.x), fabsf(two.y)));
-            }
-          }
-#pragma unroll
-          for (int lanes = 1; lanes < 32; lanes *= 2) {
-            largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, lanes));
-          }
-          float scale = 1.0f;  // of the row
+        for (int l = 0; l < kLoads; ++l) {
+          const int piece = lane_ + 32 * l;
+          if (4 * piece >= kDim) continue;
           if constexpr (Format::kInt8) {
-            scale = p_.q_scale != nullptr ? __ldg(p_.q_scale) : p_.q_static_scale;
-            if (!(scale > 0.0f)) scale = largest / 127.0f;
+            words[piece] = quantize(x[l][0], scale) | quantize(x[l][1], scale) << 8 | quantize(x[l][2], scale) << 16 |
+                           quantize(x[l][3], scale) << 24;
           } else {
-            // A power of two, so that the row fits fp16 whatever its range: the largest element becomes 1 to 2.
-            const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
-            if (exponent > -127 && exponent < 127) scale = __uint_as_float(static_cast<unsigned>(exponent + 127) << 23);
+            // The odd elements of four, then, for the next product's columns, the even ones: see scores().
+            const float inverse = 1.0f / scale;
+            const int word = piece / 4 * 8 + piece % 4;
+            words[word] = pack<__half>(x[l][1] * inverse, x[l][3] * inverse);
+            words[word + 4] = pack<__half>(x[l][0] * inverse, x[l][2] * inverse);
           }
-#pragma unroll
-          for (int l = 0; l < kLoads; ++l) {
-            const int piece = lane_ + 32 * l;
-            if (4 * piece >= kDim) continue;
-            if constexpr (Format::kInt8) {
-              words[piece] = quantize(x[l][0], scale) | quantize(x[l][1], scale) << 8 | quantize(x[l][2], scale) << 16 |
-                             quantize(x[l][3], scale) << 24;
-            } else {
-              // The odd elements of four, then, for the next product's columns, the even ones: see scores().
-              const float inverse = 1.0f / scale;
-              const int word = piece / 4 * 8 + piece % 4;
-              words[word] = pack<__half>(x[l][1] * inverse, x[l][3] * inverse);
-              words[word + 4] = pack<__half>(x[l][0] * inverse, x[l][2] * inverse);
-            }
-          }
-          if (lane_ == 0) {
-            shared_.factor[tile_row] = scale * k_factor_;
-          }
+        }
+        if (lane_ == 0) {
+          shared_.factor[tile_row] = scale * k_factor_;
         }
       }
     }

@@ -71,8 +71,7 @@ class Loader {
   // Tiles are issued one behind, so that the places of a tile's keys are on their way while the one before is issued.
   __device__ void run() {
     chunk_ = load_chunk(p_.own + blockIdx.x);
-    const int more = (chunk_.per_cta > 1) + (p_.list != nullptr);
-    most_in_flight_ = min(Config::kInFlight + more, Config::kStages);
+    most_in_flight_ = min(Config::kInFlight + (chunk_.per_cta > 1), Config::kStages);
     walk_.at = chunk_.begin;
     Tile pending;
     Row pending_row;
@@ -119,7 +118,6 @@ class Loader {
       item_ = walk_.next(p_.shape, chunk_, keys_, p_.max_splits);
       begin_ = item_.begin;
       flushed_ = false;
-      if (p_.list != nullptr) fetch_list();
       announce({item_, row_tile_, head_, request_, kv_len_, all_see_from_, all_see_to_});
     } else if (!flushed_) {
       flushed_ = true;
@@ -193,17 +191,6 @@ class Loader {
 
   __device__ const std::int32_t* list_of(int request, int head) const {
     return p_.list + request * p_.list_batch_stride + head * p_.list_head_stride;
-  }
-
-  // An item's part of its list, into L2: what look_up() waits for is then near.
-  __device__ void fetch_list() const {
-    constexpr int kLine = 32;  // entries of 128 bytes
-    const int keys = static_cast<int>(p_.list_keys), end = (item_.end + keys - 1) / keys;
-    const std::int32_t* list = list_of(request_, head_);
-#pragma unroll 1
-    for (int i = item_.begin / keys + (warp_ * 32 + lane_) * kLine; i < end; i += kLoadWarps * 32 * kLine) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(list + i));
-    }
   }
 
   __device__ Row look_up(const Tile& tile) const {
