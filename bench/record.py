@@ -2,8 +2,9 @@
 
     python bench/record.py build/bench/heddle_bench [its arguments]
 
-runs a google-benchmark program and records what it reports. A run of everything goes to bench/results; one with a
-filter is written only where --into says.
+runs a google-benchmark program, or heddle_cuda_decode, which takes the same options, and records what it reports; of a
+run on a GPU also which one, its driver and the compiler of its kernels. A run of everything goes to bench/results; one
+with a filter is written only where --into says.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from heddle._record import describe, last_level_cache, write
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
-__all__ = ["RESULTS", "describe", "last_level_cache", "write"]
+__all__ = ["RESULTS", "describe", "describe_gpu", "last_level_cache", "write"]
+
+
+def describe_gpu() -> dict[str, str]:
+    """Name and driver of the first GPU, as nvidia-smi tells them."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+    name, driver = lines[0].split(", ")
+    return {"gpu": name, "driver": driver}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Of the context: the name of the machine is nobody's business, and the program is in the command.
     record["context"] = {k: v for k, v in report["context"].items() if k not in ("host_name", "executable")}
     record["benchmarks"] = report["benchmarks"]
+    if any(benchmark["name"].startswith("cuda-") for benchmark in report["benchmarks"]):
+        record["device"] |= describe_gpu()
+        record["build"]["nvcc"] = report["context"]["nvcc"]
     print(f"recorded in {os.path.relpath(write(record, args.program.name, into))}")
     return 0
 

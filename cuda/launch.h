@@ -185,9 +185,11 @@ struct DecodeArgs {
   double softcap = 0.0, scale = 1.0;
   const float* sinks = nullptr;  // [num_q_heads]
 
-  // Token lists, or null: int32 [batch, num_kv_heads, num_tokens], ascending, -1 pads at the end; lengths optional.
-  const std::int32_t *tokens = nullptr, *token_lengths = nullptr;
-  std::int64_t num_tokens = 0, tokens_batch_stride = 0, tokens_head_stride = 0;
+  // Lists of keys or, with lists_pages, of pages of the request (columns of the block table), or null: int32 [batch,
+  // num_kv_heads, list_size], ascending, -1 pads at the end; lengths optional.
+  const std::int32_t *list = nullptr, *list_lengths = nullptr;
+  bool lists_pages = false;
+  std::int64_t list_size = 0, list_batch_stride = 0, list_head_stride = 0;
   std::int64_t lengths_batch_stride = 0, lengths_head_stride = 0;
 
   Schedule schedule;

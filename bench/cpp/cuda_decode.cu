@@ -1,4 +1,5 @@
-// heddle_cuda_decode [FILTER] [OUT.json]: the sm_90 decode kernel against a cold read of the bytes that it must read.
+// heddle_cuda_decode [--benchmark_filter=TEXT] [--benchmark_out=FILE]: the sm_90 decode kernel against a cold read of
+// the bytes that it must read.
 //
 // Keys and values are random, pages lie in random order. Each call is timed by events on the device, after a pass over
 // a large buffer that empties L2 by reading and keeps the device busy while the host enqueues what follows; a figure is
@@ -13,6 +14,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -246,10 +248,10 @@ class Runner {
         }
       }
       tokens.upload(lists);
-      args.tokens = tokens.as<std::int32_t>();
-      args.num_tokens = c.tokens;
-      args.tokens_batch_stride = std::int64_t{c.kv_heads} * c.tokens;
-      args.tokens_head_stride = c.tokens;
+      args.list = tokens.as<std::int32_t>();
+      args.list_size = c.tokens;
+      args.list_batch_stride = std::int64_t{c.kv_heads} * c.tokens;
+      args.list_head_stride = c.tokens;
     }
     const DeviceBuffer workspace(static_cast<std::size_t>(cuda::decode_workspace_bytes(args)));
     args.workspace = workspace.as();
@@ -355,7 +357,20 @@ std::vector<Case> cases() {
 }  // namespace
 
 int main(int argc, char** argv) try {
-  const std::string filter = argc > 1 ? argv[1] : "";
+  // The options of google-benchmark that bench/record.py gives; TEXT is part of a name.
+  std::string filter, into;
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view argument = argv[i];
+    const auto value = [&](std::string_view option) { return std::string(argument.substr(option.size())); };
+    if (argument.starts_with("--benchmark_filter=")) {
+      filter = value("--benchmark_filter=");
+    } else if (argument.starts_with("--benchmark_out=")) {
+      into = value("--benchmark_out=");
+    } else if (argument != "--benchmark_out_format=json") {
+      std::fprintf(stderr, "no option: %s\n", argv[i]);
+      return 1;
+    }
+  }
   if (heddle::cuda::device_count() == 0 || heddle::cuda::compute_capability(0) != 90) {
     std::fprintf(stderr, "needs a GPU of compute capability 9.0\n");
     return 1;
@@ -366,21 +381,21 @@ int main(int argc, char** argv) try {
   std::vector<Result> results;
   std::printf("%s\n%-34s %-7s %9s %9s %9s %9s\n", device.name, "case", "format", "us", "limit", "fraction", "plan us");
   for (const Case& c : cases()) {
-    if ((c.name + "/" + c.format).find(filter) == std::string::npos) continue;
+    if (("cuda-decode/" + c.name + "/" + c.format).find(filter) == std::string::npos) continue;
     const Result r = runner.run(c);
     std::printf("%-34s %-7s %9.1f %9.1f %9.3f %9.1f\n", c.name.c_str(), c.format.c_str(), r.us, r.limit_us,
                 r.limit_us / r.us, r.plan_us);
     std::fflush(stdout);
     results.push_back(r);
   }
-  if (argc > 2) {
-    std::FILE* out = std::fopen(argv[2], "w");
-    if (out == nullptr) throw std::runtime_error(std::string("cannot write ") + argv[2]);
-    std::fprintf(out, "{\"device\": \"%s\", \"cases\": [", device.name);
+  if (!into.empty() && !results.empty()) {
+    std::FILE* out = std::fopen(into.c_str(), "w");
+    if (out == nullptr) throw std::runtime_error("cannot write " + into);
+    std::fprintf(out, "{\"context\": {\"nvcc\": \"%s\"}, \"benchmarks\": [", HEDDLE_NVCC);
     for (std::size_t i = 0; i < results.size(); ++i) {
       const Result& r = results[i];
       std::fprintf(out,
-                   "%s\n  {\"name\": \"%s\", \"format\": \"%s\", \"us\": %.2f, \"limit_us\": %.2f, \"plan_us\": %.2f, "
+                   "%s\n  {\"name\": \"cuda-decode/%s/%s\", \"us\": %.2f, \"limit_us\": %.2f, \"plan_us\": %.2f, "
                    "\"bytes\": %zu}",
                    i == 0 ? "" : ",", r.c.name.c_str(), r.c.format.c_str(), r.us, r.limit_us, r.plan_us, r.bytes);
     }

@@ -57,6 +57,9 @@ int main(int argc, char** argv) {
 
   benchmark::AddCustomContext("heddle", HEDDLE_VERSION_STRING);
   benchmark::AddCustomContext("host_isa", std::string(host_isa()));
+#if defined(HEDDLE_NVCC)
+  benchmark::AddCustomContext("nvcc", HEDDLE_NVCC);
+#endif
   benchmark::AddCustomContext("threads", std::to_string(num_threads()));
   if (measures) {
     const bench::Limits& limit = bench::limits();

@@ -192,8 +192,7 @@ def describe_gpu() -> dict[str, Any]:
     name = torch.cuda.get_device_name()
     driver = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+        driver = records.describe_gpu()["driver"]
     properties = torch.cuda.get_device_properties(0)
     return {"gpu": name, "driver": driver, "multiprocessors": properties.multi_processor_count}
 

@@ -192,17 +192,22 @@ cuda::DecodeArgs decode_args(const Problem& p) {
     args.select_right = reach(window->window.right);
     args.num_globals = window->n_global;
   }
-  if (const auto* tokens = std::get_if<select::Tokens>(&p.selection->kind())) {
-    const TensorView &indices = tokens->indices, &lengths = tokens->lengths;
-    args.tokens = indices.as<const std::int32_t>();
-    args.num_tokens = indices.shape[2];
-    args.tokens_batch_stride = indices.strides[0];
-    args.tokens_head_stride = indices.shape[1] == 1 ? 0 : indices.strides[1];  // 1: all heads alike
+  const auto set_list = [&](const TensorView& indices, const TensorView& lengths) {
+    args.list = indices.as<const std::int32_t>();
+    args.list_size = indices.shape[2];
+    args.list_batch_stride = indices.strides[0];
+    args.list_head_stride = indices.shape[1] == 1 ? 0 : indices.strides[1];  // 1: all heads alike
     if (lengths.given()) {
-      args.token_lengths = lengths.as<const std::int32_t>();
+      args.list_lengths = lengths.as<const std::int32_t>();
       args.lengths_batch_stride = lengths.strides[0];
       args.lengths_head_stride = lengths.shape[1] == 1 ? 0 : lengths.strides[1];
     }
+  };
+  if (const auto* tokens = std::get_if<select::Tokens>(&p.selection->kind())) {
+    set_list(tokens->indices, tokens->lengths);
+  } else if (const auto* pages = std::get_if<select::PageList>(&p.selection->kind())) {
+    set_list(pages->indices, pages->lengths);
+    args.lists_pages = true;
   }
   return args;
 }
@@ -217,7 +222,8 @@ bool has_many_rows(const Problem& p) {
   };
   constexpr std::int64_t kManyRows = 128;
   const bool able = p.k.dtype == p.q.dtype && p.page_size % 8 == 0 && p.schedule.split_size == 0 &&
-                    !std::holds_alternative<select::Tokens>(p.selection->kind()) && aligned(p.q) && aligned(p.out);
+                    !std::holds_alternative<select::Tokens>(p.selection->kind()) &&
+                    !std::holds_alternative<select::PageList>(p.selection->kind()) && aligned(p.q) && aligned(p.out);
   const std::int64_t rows = p.on_device.max_q_len * (p.num_q_heads / p.num_kv_heads);
   return able && (rows >= kManyRows || p.q.dim != p.v.dim);
 }

@@ -101,8 +101,8 @@ def page_list(indices: Any, lengths: Any = None) -> Selection:
             Ascending, without repeats, padded with -1 at the end. Read where it lies at every call.
         lengths: int32 [B, Hkv] (or [B, 1]): how many entries count. Optional.
 
-    Causality and windows apply to the tokens as they do to a list of them. On the CPU: with a cache on a GPU, and in
-    heddle.attention, HeddleNotImplementedError.
+    Causality and windows apply to the tokens as they do to a list of them. In heddle.attention
+    HeddleNotImplementedError.
 
     Raises HeddleTypeError for another dtype, HeddleValueError for a wrong rank; the call that uses the selection checks
     the entries.

@@ -202,6 +202,32 @@ TEST(CudaDecode, MillionTokens) {
   EXPECT_EQ(large.run({.kind = ScheduleKind::kStealing}), expected);
 }
 
+// A list of all pages, with entries beyond them that are no pages, is no list at all.
+TEST(CudaDecode, PageListsOfAllPages) {
+  NEEDS_HOPPER();
+  Large large(kSkewed, 4'400);
+  const auto expected = large.run({.kind = ScheduleKind::kStatic});
+  const std::int64_t size = 4'500;
+  std::vector<std::int32_t> list(kSkewed.size() * static_cast<std::size_t>(size));
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    const auto page = static_cast<std::int32_t>(i % static_cast<std::size_t>(size));
+    list[i] = page < 4'375 ? page : INT32_MAX - page;
+  }
+  DeviceBuffer on_device(list.size() * 4);
+  on_device.upload(list.data());
+  for (const std::int64_t split_size : {0, 5'000}) {
+    cuda::DecodeArgs args = large.args({.kind = ScheduleKind::kStealing, .split_size = split_size});
+    args.list = static_cast<std::int32_t*>(on_device.data());
+    args.lists_pages = true;
+    args.list_size = args.list_batch_stride = size;
+    DeviceBuffer workspace(static_cast<std::size_t>(cuda::decode_workspace_bytes(args)));
+    args.workspace = workspace.data();
+    cuda::launch_decode_plan(args);
+    cuda::launch_decode(args);
+    EXPECT_LT(largest_difference(expected, large.out()), 0.01) << split_size;
+  }
+}
+
 // Lengths are read when a graph runs, not when it was captured. HEDDLE_REPLAYS: how often.
 TEST(CudaDecode, GraphsFollowTheLengths) {
   NEEDS_HOPPER();

@@ -301,6 +301,7 @@ SM90 = {
     "strided": "prefill",
     "block mask: any block, per batch, KV head or query head": "prefill",
     "token list, per request or per query": "decode, per request",
+    "page list, per request (decode)": "yes",
     "contiguous, any strides": "prefill, strides of whole 16 bytes",
     "packed (ragged) batch": "prefill",
     "float32, float16, bfloat16": "float16, bfloat16",

@@ -257,6 +257,69 @@ def test_decode(rng, table, format):
     torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize("page_size", [1, 8, 16, 64])
+@pytest.mark.parametrize("options", [{}, {"window": (90, 0)}, {"schedule": heddle.Schedule(split_size=64)}], ids=str)
+def test_page_lists(rng, format, page_size, options):
+    """Pages that each KV head chose, the last of a request short, padded or with lengths."""
+    pages = 256 // page_size
+    partition = {"partition": min(4, page_size)} if format == "int8-a" else {}
+    host, gpu = (
+        heddle.KVCache(3 * pages, page_size, 2, 64, format=format, device=d, **partition) for d in ("cpu", "cuda")
+    )
+    table = torch.randperm(3 * pages, generator=torch.Generator().manual_seed(1)).reshape(3, pages).int()
+    k, v = (to_torch(normal(rng, 3, 203, 2, 64)).bfloat16() for _ in range(2))
+    q = to_torch(normal(rng, 3, 2, 6, 64)).to(torch.float16 if format == "fp16" else torch.bfloat16)
+    for cache in (host, gpu):
+        where = cache.device
+        cache.calibrate(k.to(where), v.to(where), q.to(where))
+        cache.append(k.to(where), v.to(where), table.to(where), torch.zeros(3, dtype=torch.int32).to(where))
+    seq_lens = torch.tensor([203, 0, 130], dtype=torch.int32)
+    indices = torch.full((3, 2, pages), -1, dtype=torch.int32)
+    lengths = torch.zeros(3, 2, dtype=torch.int32)
+    for b, head in np.ndindex(3, 2):
+        there = -(-int(seq_lens[b]) // page_size)
+        chosen = np.flatnonzero(rng.random(there) < 0.6)
+        indices[b, head, : len(chosen)] = to_torch(chosen.astype(np.int32))
+        lengths[b, head] = len(chosen)
+    expected, expected_lse = heddle.decode(
+        q,
+        host,
+        table,
+        seq_lens,
+        selection=heddle.select.page_list(indices),
+        return_lse=True,
+        backend="reference",
+        **options,
+    )
+    garbage = torch.where(indices < 0, 0x7FFFFFFF, indices)
+    for given in (
+        heddle.select.page_list(indices.cuda()),
+        heddle.select.page_list(garbage.cuda(), lengths.cuda()),
+    ):
+        out, lse = heddle.decode(
+            q.cuda(), gpu, table.cuda(), seq_lens.cuda(), selection=given, return_lse=True, **options
+        )
+        assert heddle.last_kernel().startswith("sm90/decode")
+        torch.testing.assert_close(out.cpu(), expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-3, atol=1e-3)
+
+
+def test_page_lists_are_validated(rng, table):
+    gpu = caches("bf16")[1]
+    q = to_torch(normal(rng, 3, 1, 4, 64)).bfloat16().cuda()
+    seq_lens = torch.tensor([33, 5, 64], dtype=torch.int32, device="cuda")
+    heddle.set_validation(True)
+    try:
+        for pages, message in (([2, 1], "page 1 at 1 of request 0, KV head 0 follows 2"), ([0, 3], "page 3 at 1")):
+            selection = heddle.select.page_list(torch.tensor(pages, dtype=torch.int32, device="cuda").expand(3, 2, 2))
+            with pytest.raises(heddle.HeddleValueError, match=message) as caught:
+                heddle.decode(q, gpu, table.cuda(), seq_lens, selection=selection)
+            assert caught.value.argument == "indices"
+    finally:
+        heddle.set_validation(False)
+
+
 @pytest.mark.parametrize("format", FORMATS[3:])
 def test_quality_is_the_hosts(rng, format):
     """The same error of a quantized cache, within rounding, whoever decodes."""

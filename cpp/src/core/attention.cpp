@@ -353,15 +353,11 @@ void check_tokens(const select::Tokens& selection, const Problem& problem, std::
   }
 }
 
-// Makes a page list the token lists that it stands for, 4 bytes beside the hundreds that each token's key and value
-// take. On the CPU: the requests are known.
+// Checks a page list. On the CPU, where the requests are known, makes it the token lists that it stands for, 4 bytes
+// beside the hundreds that each token's key and value take; kernels of a device read it as it is.
 void expand_pages(Problem& problem) {
   const auto* sel = std::get_if<select::PageList>(&problem.selection->kind());
   if (sel == nullptr) return;
-  if (!on_cpu(problem)) {
-    check::fail(ErrorCode::kUnsupported, "selection",
-                check::text("a page list on ", to_string(problem.device), "; allowed there are token lists"));
-  }
   const TensorView &indices = sel->indices, &lengths = sel->lengths;
   check::index_array("indices", indices, problem.device, "q");
   check::rank("indices", indices, 3);
@@ -376,6 +372,11 @@ void expand_pages(Problem& problem) {
     check::device("lengths", lengths, problem.device, "q");
     check::shape("lengths", lengths, {indices.shape[0], heads});
   }
+  const Readable list_entries(indices, problem.stream), list_lengths(lengths, problem.stream);
+  if (!list_entries.readable()) return;
+  const auto at = [](const TensorView& t, std::int64_t b, std::int64_t h) {
+    return t.as<const std::int32_t>() + b * t.strides[0] + h * t.strides[1];
+  };
   // Of each list, its pages and their tokens: only a request's last page may be short.
   std::vector<std::span<const std::int32_t>> lists;
   std::vector<std::int64_t> counts;
@@ -383,10 +384,8 @@ void expand_pages(Problem& problem) {
   for (std::int64_t b = 0; b < problem.batch(); ++b) {
     const std::int64_t kv_len = problem.requests[b].kv_len;
     for (std::int64_t h = 0; h < heads; ++h) {
-      const std::int32_t* list = indices.as<const std::int32_t>() + b * indices.strides[0] + h * indices.strides[1];
-      const std::int32_t* length =
-          lengths.given() ? lengths.as<const std::int32_t>() + b * lengths.strides[0] + h * lengths.strides[1]
-                          : nullptr;
+      const std::int32_t* list = at(list_entries.view(), b, h);
+      const std::int32_t* length = lengths.given() ? at(list_lengths.view(), b, h) : nullptr;
       const auto place = [&] { return check::text("request ", b, ", KV head ", h); };
       check_token_list(list, capacity, length, ceil_div(kv_len, page), place, "page");
       const std::int32_t* end =
@@ -398,6 +397,7 @@ void expand_pages(Problem& problem) {
       most = std::max(most, counts.back());
     }
   }
+  if (!on_cpu(problem)) return;
   const std::int64_t rows = static_cast<std::int64_t>(lists.size());
   auto memory = std::make_shared_for_overwrite<std::int32_t[]>(static_cast<std::size_t>(rows * (most + 1) + 1));
   std::int32_t *const token_lengths = memory.get(), *const tokens = token_lengths + rows;
@@ -424,6 +424,7 @@ void expand_pages(Problem& problem) {
 void check_selection(const Problem& problem, std::int64_t num_tokens) {
   if (problem.listed_pages != nullptr) return;  // checked as pages
   if (std::holds_alternative<select::PageList>(problem.selection->kind())) {
+    if (problem.page_size > 0) return;
     check::fail(ErrorCode::kUnsupported, "selection", "a page list in attention; allowed is decode over a paged cache");
   }
   if (const auto* mask = std::get_if<select::BlockMask>(&problem.selection->kind())) check_block_mask(*mask, problem);
@@ -638,6 +639,9 @@ std::vector<std::int64_t> plan_key(const Problem& p, const Row& row, const Tenso
   const auto* tokens = std::get_if<select::Tokens>(&p.selection->kind());
   if (tokens != nullptr && p.listed_pages == nullptr) {
     key.insert(key.end(), {address(tokens->indices.data), address(tokens->lengths.data)});
+  }
+  if (const auto* pages = std::get_if<select::PageList>(&p.selection->kind())) {
+    key.insert(key.end(), {address(pages->indices.data), address(pages->lengths.data)});
   }
   return key;
 }

@@ -182,6 +182,7 @@ Features features_of(const Problem& p) {
   f.set(Feature::kStrided, std::holds_alternative<select::Strided>(p.selection->kind()));
   f.set(Feature::kBlockMask, std::holds_alternative<select::BlockMask>(p.selection->kind()));
   if (has_token_lists(p)) f.set(token_lists_per_query(p) ? Feature::kTokenListsPerQuery : Feature::kTokenLists);
+  f.set(Feature::kTokenLists, std::holds_alternative<select::PageList>(p.selection->kind()));
   f.set(Feature::kSoftcap, p.softcap > 0.0);
   f.set(Feature::kSinks, p.sinks != nullptr);
   f.set(Feature::kLse, p.lse != nullptr);

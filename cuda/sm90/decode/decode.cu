@@ -49,7 +49,7 @@ bool aligned(const void* data, const DecodeArgs::Strides& s, std::int64_t elemen
 // Everything but pointers into the workspace.
 Params params_of(const DecodeArgs& a) {
   Params p;
-  const bool listed = a.tokens != nullptr;
+  const bool listed = a.list != nullptr;
   p.num_queries = static_cast<int>(a.num_queries);
   p.group = static_cast<int>(a.num_q_heads / a.num_kv_heads);
   p.num_kv_heads = static_cast<int>(a.num_kv_heads);
@@ -60,7 +60,8 @@ Params params_of(const DecodeArgs& a) {
   p.partial_rows = std::min(p.rows(), p.rows_per_tile);
 
   p.max_kv_len = clamp(a.max_kv_len);
-  p.num_tokens = clamp(a.num_tokens);
+  p.list_size = clamp(a.list_size);
+  p.list_keys = a.lists_pages ? static_cast<std::uint32_t>(a.page_size) : 1;
   p.shape.entries = listed ? a.batch * a.num_kv_heads : a.batch;
   // Two neighbouring heads of a page lie together in memory, which is then read in longer stretches. Not where a
   // request's bits must not depend on the batch.
@@ -76,12 +77,13 @@ Params params_of(const DecodeArgs& a) {
   p.shape.split_keys = clamp(ceil_div(a.schedule.split_size, decode::kSplitKeys) * decode::kSplitKeys);
   if (p.shape.split_keys == 0) p.shape.min_chunk = (wide ? 1 : 4) * decode::kMinChunkGranules / p.unit_heads;
   p.stealing = a.schedule.kind == ScheduleKind::kAuto || a.schedule.kind == ScheduleKind::kStealing;
+  const std::int64_t listed_keys = a.list_size * p.list_keys;
   if (p.shape.split_keys > 0) {
-    p.max_splits = std::max<std::int64_t>(1, ceil_div(listed ? a.num_tokens : a.max_kv_len, p.shape.split_keys));
+    p.max_splits = std::max<std::int64_t>(1, ceil_div(listed ? listed_keys : a.max_kv_len, p.shape.split_keys));
   }
-  if (p.shape.entries * p.shape.units_per_entry > kMaxCount || a.max_kv_len > kMaxCount) {
+  if (p.shape.entries * p.shape.units_per_entry > kMaxCount || std::max(a.max_kv_len, listed_keys) > kMaxCount) {
     unsupported("q", std::to_string(a.batch) + " requests of " + std::to_string(a.num_kv_heads) +
-                         " KV heads and up to " + std::to_string(a.max_kv_len) +
+                         " KV heads and up to " + std::to_string(std::max(a.max_kv_len, listed_keys)) +
                          " keys; the sm90 decode kernel counts at most 2^30 of either");
   }
   return p;
@@ -149,12 +151,12 @@ void set_data(const DecodeArgs& a, Params& p) {
   // Consecutive rows of a page that make up whole stretches of 256 bytes.
   const std::int64_t row = a.head_dim * static_cast<std::int64_t>(size_of(a.cache_dtype));
   const auto stretches = [&](const void* data, const DecodeArgs::PageStrides& s) {
-    return s.slot == row && a.tokens == nullptr &&
+    return s.slot == row && (a.list == nullptr || a.lists_pages) &&
            (reinterpret_cast<std::uintptr_t>(data) | static_cast<std::uintptr_t>(s.page | s.head)) % 256 == 0 &&
            (a.page_size * row) % 256 == 0;
   };
   p.fetch_ahead = stretches(a.k, a.k_stride) && stretches(a.v, a.v_stride);
-  p.whole_slices = a.tokens == nullptr && a.page_size % decode::kSliceKeys == 0;
+  p.whole_slices = (a.list == nullptr || a.lists_pages) && a.page_size % decode::kSliceKeys == 0;
   p.seq_lens = a.seq_lens;
   p.block_table = a.block_table;
   p.table_stride = a.table_stride;
@@ -178,10 +180,10 @@ void set_data(const DecodeArgs& a, Params& p) {
             .select_right = clamp(a.select_right),
             .num_globals = clamp(a.num_globals)};
 
-  p.tokens = a.tokens;
-  p.token_lengths = a.token_lengths;
-  p.tokens_batch_stride = a.tokens_batch_stride;
-  p.tokens_head_stride = a.tokens_head_stride;
+  p.list = a.list;
+  p.list_lengths = a.list_lengths;
+  p.list_batch_stride = a.list_batch_stride;
+  p.list_head_stride = a.list_head_stride;
   p.lengths_batch_stride = a.lengths_batch_stride;
   p.lengths_head_stride = a.lengths_head_stride;
 }

@@ -169,7 +169,7 @@ class Loader {
     const unsigned entry = unit / per_entry;
     const int unit_in_entry = static_cast<int>(unit % per_entry);
     row_tile_ = unit_in_entry % p_.row_tiles;
-    if (p_.tokens != nullptr) {
+    if (p_.list != nullptr) {
       request_ = static_cast<int>(entry / static_cast<unsigned>(p_.num_kv_heads));
       head_ = static_cast<int>(entry % static_cast<unsigned>(p_.num_kv_heads));
     } else {
@@ -181,22 +181,33 @@ class Loader {
     const bool known = unit == chunk_.begin.unit;  // the plan left them with the chunk
     kv_len_ = known ? chunk_.kv_len : kv_len_of(p_, request_);
     visible_ = p_.mask.visible(kv_len_);
-    keys_ = known ? chunk_.keys : p_.tokens != nullptr ? __ldcg(p_.counts + entry) : visible_.count;
+    keys_ = known ? chunk_.keys : p_.list != nullptr ? __ldcg(p_.counts + entry) : visible_.count;
     // The keys that every query sees, among the visible ones; those of a list are tested one by one.
     const int left = min(p_.mask.left, p_.mask.select_left), right = min(p_.mask.right, p_.mask.select_right);
     const int shift = visible_.globals - visible_.first;
     all_see_from_ = max(visible_.globals, kv_len_ - 1 - left + shift);
-    all_see_to_ = p_.tokens != nullptr ? 0 : kv_len_ - p_.mask.num_queries + right + 1 + shift;
+    all_see_to_ = p_.list != nullptr ? 0 : kv_len_ - p_.mask.num_queries + right + 1 + shift;
+  }
+
+  __device__ const std::int32_t* list_of(int request, int head) const {
+    return p_.list + request * p_.list_batch_stride + head * p_.list_head_stride;
   }
 
   __device__ Row look_up(const Tile& tile) const {
     Row row;
     const int at = first_row_ + lane_ % kWarpKeys, i = tile.begin + at;
     if (at >= tile.keys) return row;
-    const int key =
-        p_.tokens == nullptr
-            ? visible_.key(i)
-            : __ldg(p_.tokens + tile.request * p_.tokens_batch_stride + tile.head * p_.tokens_head_stride + i);
+    int key;
+    if (p_.list == nullptr) {
+      key = visible_.key(i);
+    } else if (p_.list_keys == 1) {
+      key = __ldg(list_of(tile.request, tile.head) + i);
+    } else {
+      const unsigned entry = static_cast<unsigned>(i) / p_.list_keys;
+      const auto page = static_cast<unsigned>(__ldg(list_of(tile.request, tile.head) + entry));
+      if (page > static_cast<unsigned>(kv_len_) / p_.list_keys) return row;  // it may be any number
+      key = static_cast<int>((page - entry) * p_.list_keys) + i;
+    }
     if (static_cast<unsigned>(key) >= static_cast<unsigned>(kv_len_)) return row;
     const unsigned index = static_cast<unsigned>(key) / p_.page_size;
     row.key = key;

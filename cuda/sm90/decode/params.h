@@ -45,10 +45,12 @@ struct Params {
   const float* sinks = nullptr;
   Mask mask;
 
-  // Token lists: null, or keys [list_stride.batch * b + list_stride.head * h + i]. `counts` holds their lengths.
-  const std::int32_t *tokens = nullptr, *token_lengths = nullptr;
-  std::int64_t tokens_batch_stride = 0, tokens_head_stride = 0, lengths_batch_stride = 0, lengths_head_stride = 0;
-  int num_tokens = 0;
+  // Lists of keys, or of pages of a request: null, or entries [list_batch_stride * b + list_head_stride * h + i], each
+  // of list_keys keys. `counts` holds how many keys each list has.
+  const std::int32_t *list = nullptr, *list_lengths = nullptr;
+  std::int64_t list_batch_stride = 0, list_head_stride = 0, lengths_batch_stride = 0, lengths_head_stride = 0;
+  int list_size = 0;
+  std::uint32_t list_keys = 1;
 
   int num_queries = 1, group = 1, num_kv_heads = 1;      // rows of a KV head: num_queries * group
   int row_groups = 1, rows_per_tile = 8, row_tiles = 1;  // rows of one KV head
@@ -59,7 +61,7 @@ struct Params {
   std::int64_t max_splits = 1;     // of a unit, with fixed splits
   Chunk* chunks = nullptr;         // [shape.chunks()]
   std::int64_t* starts = nullptr;  // [entries + 1]
-  std::int32_t* counts = nullptr;  // [entries], with token lists
+  std::int32_t* counts = nullptr;  // [entries], with lists
   unsigned* arrived = nullptr;     // [units]: splits that are done
   Chunk* own = nullptr;            // [ctas]: a copy of the first chunk of each
   // [ctas + 1]: chunks of each CTA that are taken (from 1 on: the first is its own); CTAs that found nothing more

@@ -12,14 +12,14 @@ inline constexpr int kPlanThreads = 512;
 inline constexpr int kPlanEntries = 2048;  // so many are searched in shared memory
 inline constexpr int kPlanChunks = 4096;
 
-// Entries of a token list before its first -1.
+// Entries of a list before its first -1.
 __device__ inline int list_length(const Params& p, std::int64_t entry) {
   const std::int64_t request = entry / p.num_kv_heads, head = entry % p.num_kv_heads;
-  int high = p.num_tokens, low = 0;
-  if (p.token_lengths != nullptr) {
-    return min(max(__ldg(p.token_lengths + request * p.lengths_batch_stride + head * p.lengths_head_stride), 0), high);
+  int high = p.list_size, low = 0;
+  if (p.list_lengths != nullptr) {
+    return min(max(__ldg(p.list_lengths + request * p.lengths_batch_stride + head * p.lengths_head_stride), 0), high);
   }
-  const std::int32_t* list = p.tokens + request * p.tokens_batch_stride + head * p.tokens_head_stride;
+  const std::int32_t* list = p.list + request * p.list_batch_stride + head * p.list_head_stride;
   while (low < high) {
     const int middle = (low + high) / 2;
     if (__ldg(list + middle) >= 0) {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const __grid_cons
 
   const std::int64_t entries = p.shape.entries;
   const auto visible = [&](std::int64_t entry) { return p.mask.visible(kv_len_of(p, entry)).count; };
-  const auto keys_of = [&](std::int64_t entry) { return p.tokens != nullptr ? p.counts[entry] : visible(entry); };
+  const auto keys_of = [&](std::int64_t entry) { return p.list != nullptr ? p.counts[entry] : visible(entry); };
   std::int64_t* starts = entries <= kPlanEntries ? near_starts : p.starts;
 
   for (int i = thread; i < p.units(); i += kPlanThreads) p.arrived[i] = 0;
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const __grid_cons
     std::int64_t length = 0;
     if (entry < entries) {
       int keys = 0;
-      if (p.tokens != nullptr) {
-        keys = p.counts[entry] = list_length(p, entry);
+      if (p.list != nullptr) {
+        keys = p.counts[entry] = list_length(p, entry) * static_cast<int>(p.list_keys);
       } else {
         keys = visible(entry);
       }
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const __grid_cons
     Chunk chunk = chunk_at(places, chunks, c, per_cta);
     const std::int64_t entry = chunk.begin.unit / static_cast<unsigned>(p.shape.units_per_entry);
     if (entry < entries) {
-      chunk.kv_len = kv_len_of(p, p.tokens != nullptr ? entry / p.num_kv_heads : entry);
+      chunk.kv_len = kv_len_of(p, p.list != nullptr ? entry / p.num_kv_heads : entry);
       chunk.keys = keys_of(entry);
     }
     p.chunks[c] = chunk;

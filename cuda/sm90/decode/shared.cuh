@@ -57,7 +57,7 @@ struct Config {
   // The exchange: of each warp 8 * kColumns rows of 16 * kRoundBlocks features. The pitch makes writes and reads free
   // of bank conflicts: 4 modulo 16.
   static constexpr int kBlocks = kDim / 16;  // of 16 features
-  static constexpr int kExchangeBytes = kQueryRows == 16 ? 36 * 1024 : 20 * 1024;
+  static constexpr int kExchangeBytes = kDim <= 128 ? 36 * 1024 : 20 * 1024;
   static constexpr int exchange_bytes(int blocks) { return kMathWarps * 8 * kColumns * (16 * blocks + 4) * 4; }
   static constexpr int round_blocks() {
     int blocks = kBlocks;
