@@ -289,6 +289,23 @@ def test_repeated_tokens():
     assert _run._repeated(torch.arange(40), 8) == 0
 
 
+def test_passages_that_repeat_nothing():
+    """A text that says its first 400 tokens twice: from its beginning, the end of 800 tokens would all be copies."""
+    unit, contexts, queries = torch.arange(400), [400, 800], 50
+    ids = torch.cat([unit, unit, torch.arange(1000, 3000)])
+    assert _run._repeated(ids[:800], queries) == 1
+    passages = _run._passages(ids, 3, 1900, contexts, queries)
+    assert 0 < passages[0] < 633 <= passages[1] < 1266 <= passages[2] < 1900
+    assert all(_run._repeated(ids[at : at + n], queries) == 0 for at in passages for n in contexts)
+
+
+def test_passages_of_a_text_without_a_choice():
+    ids = torch.arange(40).repeat(20)
+    assert _run._passages(ids, 2, 0, [64], 8) == [0, 0]
+    assert _run._passages(ids, 1, 700, [64], 8) == [0]  # all alike: the first
+    assert _run._passages(torch.arange(800), 2, 700, [64], 8) == [0, 350]
+
+
 # --- what is said ---
 
 

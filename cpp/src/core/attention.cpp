@@ -95,18 +95,17 @@ void set_scales(std::string_view x_name, std::string_view name, const TensorView
     } else {
       check::shape(scale_name, scale, {groups, heads});
     }
-    // Scales of queries multiply their rows' maxima.
-    for (std::int64_t i = 0; x.device.type == DeviceType::kCpu && x_name == "q" && i < scale.numel(); ++i) {
-      std::int64_t at = 0;
-      for (std::int64_t axis = scale.rank - 1, rest = i; axis >= 0; rest /= scale.shape[axis], --axis) {
-        at += rest % scale.shape[axis] * scale.strides[axis];
-      }
-      check_not_negative(scale_name, scale.as<const float>()[at]);
-    }
     rows.partition = scales.partition;
     rows.scale_page_stride = x.rank == 4 ? scale.strides[0] : 0;
     rows.scale_group_stride = scale.strides[slot];
     rows.scale_head_stride = scale.strides[slot + 1];
+    // Scales of queries multiply their rows' maxima.
+    const std::int64_t pages = x.rank == 4 ? x.shape[0] : 1;
+    for (std::int64_t i = 0; x.device.type == DeviceType::kCpu && x_name == "q" && i < pages * groups; ++i) {
+      const float* row =
+          scale.as<const float>() + i / groups * rows.scale_page_stride + i % groups * rows.scale_group_stride;
+      for (std::int64_t h = 0; h < heads; ++h) check_not_negative(scale_name, row[h * rows.scale_head_stride]);
+    }
   }
   rows.scale = scale.as<const float>();
   if (const TensorView& mean = scales.mean; mean.given()) {

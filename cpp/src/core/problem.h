@@ -42,7 +42,12 @@ struct Rows {
   void copy_scales(std::int64_t page, std::int64_t head, std::int64_t slot, std::int64_t count, float* out) const {
     const float* scales = scales_of(page, head);
     if (partition == 1 && scale_group_stride == 1) {
-      std::memcpy(out, scales + slot, static_cast<std::size_t>(count) * sizeof(float));
+      constexpr std::int64_t kLine = 16;  // small pages hold few, and a call for each of them takes long
+      scales += slot;
+      for (; count >= kLine; count -= kLine, scales += kLine, out += kLine) {
+        std::memcpy(out, scales, kLine * sizeof(float));
+      }
+      if (count > 0) std::memcpy(out, scales, static_cast<std::size_t>(count) * sizeof(float));
     } else {
       for (std::int64_t i = 0; i < count; ++i) out[i] = scales[(slot + i) / partition * scale_group_stride];
     }

@@ -752,9 +752,11 @@ void Attention::run_tiles(const Unit& unit, std::int64_t row, std::int64_t rows,
       step.bits[t] = nullptr;
       if (!visit.masked) continue;
       std::uint64_t* bits = s.bits + t * kTileRows;
-      for (std::int64_t r = 0; r < rows; ++r) {
-        const bool same_query = r > 0 && unit.query_of(row + r) == unit.query_of(row + r - 1);
-        bits[r] = same_query ? bits[r - 1] : bits_of(unit, seen, unit.query_of(row + r), visit.index * kTileKeys);
+      std::int64_t query = unit.query_of(row);
+      for (std::int64_t r = 0; r < rows; ++query) {  // the heads of a query see the same
+        const std::int64_t end = std::min(rows, (query + 1 - unit.query) * unit.heads - row);
+        std::fill(bits + r, bits + end, bits_of(unit, seen, query, visit.index * kTileKeys));
+        r = end;
       }
       step.bits[t] = bits;
     }

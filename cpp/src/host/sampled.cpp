@@ -4,9 +4,10 @@
 //   score    each split of a row tile: logits of its keys, and the mass of every tile of 64
 //   draw     each unit: prefix sums over the masses of the tiles, tiles opened only where a draw falls, values summed
 //
-// Logits take 4 bytes a key and query row and are written once. A tile's mass depends on its own keys alone and prefix
-// sums run over tiles in order, in float64, so no result depends on splits, threads or schedule. What is drawn by
-// several rows of a unit is merged by key, so that each row of V is read once. Limit: the bytes of K.
+// Logits take 4 bytes a key and query row and are written once, tile by tile as they are scored. A tile's mass depends
+// on its own keys alone and prefix sums run over tiles in order, in float64, so no result depends on splits, threads or
+// schedule. What is drawn by several rows of a unit is merged by key, so that each row of V is read once. Limit: the
+// bytes of K.
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -36,6 +37,7 @@ constexpr double kLn2 = 0.6931471805599453;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();  // below it there is only -inf: keys not seen
 constexpr std::size_t kLogitBudget = std::size_t{64} << 20;  // bytes held at a time, if a query needs no more by itself
+constexpr std::size_t kNearBytes = std::size_t{1} << 20;     // of logits that a second-level cache may hold
 constexpr std::int64_t kSplitKeys = 2048;
 constexpr int kGatherTiles = 16;  // tiles whose keys are looked up at a time: the stream kernels fetch ahead among them
 static_assert(kTileKeys == aggregate::kSampleTile);
@@ -48,8 +50,10 @@ double power(float x) {
 // What is known of a unit between the phases.
 struct UnitState {
   std::int64_t tiles = 0, rows = 0;
-  float* logits = nullptr;         // [rows][tiles * 64], where the mass is not 0
-  std::vector<TileMass> mass;      // [rows][tiles]
+  bool near = true;                // whether the caches hold the logits until values are drawn
+  float* logits = nullptr;         // [tiles][rows][64], where the mass is not 0
+  float* parts = nullptr;          // [tiles][rows][kTileParts], where the mass is not 0
+  TileMass* mass = nullptr;        // [rows][tiles]
   std::vector<std::byte> queries;  // [row tiles][kStreamRows][padded dim] as floats or int8
   std::vector<float> factor;       // [rows]: logit = factor * product (* key scale)
   std::vector<std::int32_t> sums;  // [row tiles][kStreamRows]
@@ -59,8 +63,17 @@ struct UnitState {
   };
   std::vector<Features> features;  // [row tiles]
 
-  float* row_logits(std::int64_t row) const { return logits + row * tiles * kTileKeys; }
-  TileMass* row_mass(std::int64_t row) { return mass.data() + row * tiles; }
+  float* logits_of(std::int64_t tile, std::int64_t row) const { return logits + (tile * rows + row) * kTileKeys; }
+  TileMass* row_mass(std::int64_t row) const { return mass + row * tiles; }
+  float* parts_of(std::int64_t tile, std::int64_t row) const { return parts + (tile * rows + row) * kTileParts; }
+};
+
+// The logits of one row.
+struct RowLogits {
+  const float* first = nullptr;
+  std::int64_t stride = 0;
+
+  const float* tile(std::size_t t) const { return first + static_cast<std::int64_t>(t) * stride; }
 };
 
 // A tile into which the targets [first, last) fall; `before`: what lies before it.
@@ -82,7 +95,7 @@ struct Scratch {
   std::vector<ValueTerm> terms, merged;
   std::vector<std::size_t> runs;
   std::vector<Opening> openings;
-  std::vector<const std::byte*> values;
+  std::vector<Pick> picks;
   std::vector<float> out;
 };
 
@@ -98,6 +111,7 @@ class SampledDecode {
         plan_(make_plan(problem, kStreamRows)),
         dim_(stream_dim(problem.q.dim)),
         columns_(padded_columns(problem.v.dim)),
+        value_bytes_(problem.v.dim * static_cast<std::int64_t>(size_of(problem.v.dtype))),
         math_(choose_math(problem, tile_.native_words)) {}
 
   void run();
@@ -130,7 +144,7 @@ class SampledDecode {
                         std::uint64_t bits, float* scores) const;
   void draw(const Unit& unit, UnitState& state, Scratch& s) const;
   void draw_row(const Unit& unit, UnitState& state, std::int64_t row, Scratch& s) const;
-  void keep(const float* logits, Scratch& s) const;
+  void keep(const RowLogits& logits, Scratch& s) const;
   void merge_terms(Scratch& s) const;
 
   std::int64_t split_size() const {
@@ -170,7 +184,7 @@ class SampledDecode {
   const SamplingKernels& sampling_;
   const QuantizeKernels& quantize_;
   const Plan plan_;
-  const std::int64_t dim_, columns_;
+  const std::int64_t dim_, columns_, value_bytes_;
   const Math math_;  // of the queries that the stream kernels multiply
 };
 
@@ -210,7 +224,7 @@ void SampledDecode::run_chunk(const std::vector<Unit>& units) {
   static thread_local Workspace workspace;
   std::vector<UnitState> states(units.size());
   std::vector<Item> row_tiles, splits;
-  std::size_t floats = 0;
+  std::size_t all_tiles = 0;
   double work = 0.0;
   for (std::size_t u = 0; u < units.size(); ++u) {
     const Unit& unit = units[u];
@@ -218,13 +232,12 @@ void SampledDecode::run_chunk(const std::vector<Unit>& units) {
     state.rows = unit.rows();
     state.tiles = (unit.keys + kTileKeys - 1) / kTileKeys;
     const std::int64_t tiles = plan_.row_tiles(unit);
-    state.mass.resize(static_cast<std::size_t>(state.rows * state.tiles));
     state.queries.resize(static_cast<std::size_t>(tiles * kStreamRows * dim_) * 4 /
                          static_cast<std::size_t>(elements_per_word(math_)));
     state.factor.resize(static_cast<std::size_t>(state.rows));
     state.sums.resize(static_cast<std::size_t>(tiles * kStreamRows));
     state.features.resize(static_cast<std::size_t>(tiles));
-    floats += static_cast<std::size_t>(state.rows * state.tiles * kTileKeys);
+    all_tiles += static_cast<std::size_t>(state.rows * state.tiles);
     work += static_cast<double>(state.rows) * static_cast<double>(unit.keys) * static_cast<double>(p_.k.dim);
     for (std::int32_t t = 0; t < tiles; ++t) {
       row_tiles.push_back({static_cast<std::int32_t>(u), t, 0, 1});
@@ -250,10 +263,16 @@ void SampledDecode::run_chunk(const std::vector<Unit>& units) {
       }
     }
   }
-  float* at = reinterpret_cast<float*>(workspace.reserve(floats * sizeof(float)));
+  constexpr std::size_t kTileBytes = (kTileKeys + kTileParts) * sizeof(float) + sizeof(TileMass);
+  float* logits = reinterpret_cast<float*>(workspace.reserve(all_tiles * kTileBytes));
+  float* parts = logits + all_tiles * kTileKeys;
+  auto* mass = reinterpret_cast<TileMass*>(parts + all_tiles * kTileParts);
   for (UnitState& state : states) {
-    state.logits = at;
-    at += state.rows * state.tiles * kTileKeys;
+    const std::int64_t tiles = state.rows * state.tiles;
+    state.logits = std::exchange(logits, logits + tiles * kTileKeys);
+    state.parts = std::exchange(parts, parts + tiles * kTileParts);
+    state.mass = std::exchange(mass, mass + tiles);
+    state.near = all_tiles * kTileKeys * sizeof(float) <= kNearBytes;
   }
 
   // Little work is done sooner by one thread than by waking another.
@@ -413,6 +432,29 @@ void SampledDecode::score(const Unit* units, UnitState* states, int heads, std::
     bool masked = false;
   };
   Visit visits[kGatherTiles];
+  int first_tile = 0;  // of the step, among the visits
+  // Makes logits of a tile as soon as its last key has been scored, while the next keys are on their way.
+  const auto scored = [&](int h, int, int end) {
+    if (end % kTileKeys != 0) return;
+    const int column = end - kTileKeys, t = first_tile + column / kTileKeys;
+    UnitState& state = states[h];
+    sampling_.logits({.scores = queries[h].scores + column,
+                      .rows = rows,
+                      .factor = state.factor.data() + first,
+                      .key_scale = key_scales ? s.key_scale.data() + h * kGatherKeys + t * kTileKeys : nullptr,
+                      .softcap = static_cast<float>(p_.softcap * kLog2e),
+                      .bits = visits[t].masked ? s.bits.data() + t * kStreamRows : nullptr,
+                      .logits = state.logits_of(visits[t].tile, first),
+                      .next = state.near ? state.rows * kTileKeys : 0,
+                      .mass = state.row_mass(first) + visits[t].tile,
+                      .parts = state.parts_of(visits[t].tile, first),
+                      .next_parts = state.rows * kTileParts,
+                      .mass_stride = state.tiles});
+  };
+  step.context = &scored;
+  step.scored = [](const void* context, int h, int begin, int end) {
+    (*static_cast<decltype(&scored)>(context))(h, begin, end);
+  };
   std::int64_t read = 0;
   for (std::size_t next = 0; next < s.tiles.size();) {
     int count = 0;
@@ -434,34 +476,25 @@ void SampledDecode::score(const Unit* units, UnitState* states, int heads, std::
       ++count;
     }
     for (int i = 0; count > 0 && i < 4; ++i) s.keys[static_cast<std::size_t>(count * kTileKeys + i)] = s.keys[0];
-    for (int t = 0; t < count; ++t) {
-      const int column = t % kStepTiles * kTileKeys;
+    for (first_tile = 0; first_tile < count; first_tile += kStepTiles) {
+      const int keys = std::min((count - first_tile) * kTileKeys, kStreamKeys);
       if (by_feature) {
-        for (int h = 0; h < heads; ++h) {
-          const UnitState::Features& features = states[h].features[static_cast<std::size_t>(row_tile)];
-          score_by_feature(units[h], features, rows, visits[t].tile, visits[t].bits, queries[h].scores + column);
+        for (int at = 0; at < keys; at += kTileKeys) {
+          const Visit& visit = visits[first_tile + at / kTileKeys];
+          for (int h = 0; h < heads; ++h) {
+            const UnitState::Features& features = states[h].features[static_cast<std::size_t>(row_tile)];
+            score_by_feature(units[h], features, rows, visit.tile, visit.bits, queries[h].scores + at);
+            scored(h, at, at + kTileKeys);
+          }
         }
-      } else if (t % kStepTiles == 0) {
-        const int left = (count - t) * kTileKeys;
-        step.keys = s.keys.data() + t * kTileKeys;
-        step.count = std::min(left, kStreamKeys);
-        step.num_segments = step.count / segment_keys;
-        step.next = left > step.count ? segment_keys : 0;
-        stream_.scores(queries, heads, step);
+        continue;
       }
-      for (int h = 0; h < heads; ++h) {
-        UnitState& state = states[h];
-        sampling_.logits({.scores = queries[h].scores + column,
-                          .rows = rows,
-                          .factor = state.factor.data() + first,
-                          .key_scale = key_scales ? s.key_scale.data() + h * kGatherKeys + t * kTileKeys : nullptr,
-                          .softcap = static_cast<float>(p_.softcap * kLog2e),
-                          .bits = visits[t].masked ? s.bits.data() + t * kStreamRows : nullptr,
-                          .logits = state.row_logits(first) + visits[t].tile * kTileKeys,
-                          .logit_stride = state.tiles * kTileKeys,
-                          .mass = state.row_mass(first) + visits[t].tile,
-                          .mass_stride = state.tiles});
-      }
+      const int left = (count - first_tile) * kTileKeys - keys;
+      step.keys = s.keys.data() + first_tile * kTileKeys;
+      step.count = keys;
+      step.num_segments = keys / segment_keys;
+      step.next = left > 0 ? segment_keys : 0;
+      stream_.scores(queries, heads, step);
     }
   }
   for (int h = 0; h < heads; ++h) {
@@ -506,11 +539,11 @@ void SampledDecode::score_by_feature(const Unit& unit, const UnitState::Features
 
 // s.kept: 64 bits a tile of the keys that are read exactly. s.share and s.tops say which tiles hold anything, and up to
 // what.
-void SampledDecode::keep(const float* logits, Scratch& s) const {
+void SampledDecode::keep(const RowLogits& logits, Scratch& s) const {
   const std::size_t tiles = s.share.size();
   // The keys of a tile whose logits are at least this; by default all that are seen.
   const auto keys_of = [&](std::size_t t, float least = kLowest) {
-    return s.share[t] > 0.0 ? sampling_.at_least(logits + t * kTileKeys, least) : 0;
+    return s.share[t] > 0.0 ? sampling_.at_least(logits.tile(t), least) : 0;
   };
   std::int64_t left = s_.n_sink;
   for (std::size_t t = 0; t < tiles && left > 0; ++t) {
@@ -539,7 +572,7 @@ void SampledDecode::keep(const float* logits, Scratch& s) const {
   float least = kLowest;
   s.order.clear();
   for (std::size_t t = 0; t < tiles; ++t) {
-    if (s.share[t] > 0.0) s.order.push_back(sampling_.largest(logits + t * kTileKeys, ~s.kept[t]));
+    if (s.share[t] > 0.0) s.order.push_back(sampling_.largest(logits.tile(t), ~s.kept[t]));
   }
   raise(least);
   const auto candidates = [&](auto&& fn) {
@@ -547,7 +580,7 @@ void SampledDecode::keep(const float* logits, Scratch& s) const {
       if (s.tops[t] < least) continue;  // rounded up, so nothing of it reaches
       for (std::uint64_t bits = keys_of(t, least) & ~s.kept[t]; bits != 0; bits &= bits - 1) {
         const int lane = std::countr_zero(bits);
-        fn(t, lane, logits[t * kTileKeys + static_cast<std::size_t>(lane)]);
+        fn(t, lane, logits.tile(t)[lane]);
       }
     }
   };
@@ -567,24 +600,15 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
   const Request& request = p_.requests[static_cast<std::size_t>(unit.request)];
   const std::int64_t head = unit.head_of(row), query = unit.query_of(row), slot = request.q_first + query;
   const auto tiles = static_cast<std::size_t>(state.tiles);
-  const float* logits = state.row_logits(row);
+  const RowLogits logits{state.logits_of(0, row), state.rows * kTileKeys};
   const TileMass* mass = state.row_mass(row);
   const auto index = static_cast<std::int32_t>(row);
 
   // The denominator, over all keys and the sink, relative to 2^base; s.share are the tiles' masses relative to
   // 2^highest.
-  float highest = -std::numeric_limits<float>::infinity(), any = 0.0f;
-  for (std::size_t t = 0; t < tiles; ++t) {
-    highest = std::max(highest, mass[t].top);
-    any += mass[t].sum;
-  }
-  const bool nan = std::isnan(any);
-  double total = 0.0;
   s.share.resize(tiles);
-  for (std::size_t t = 0; t < tiles; ++t) {
-    s.share[t] = mass[t].sum > 0.0f ? mass[t].sum * power(mass[t].top - highest) : 0.0;
-    total += s.share[t];
-  }
+  const auto [highest, total] = sampling_.shares(mass, state.tiles, s.share.data());
+  const bool nan = std::isnan(total);
   const double sink = p_.sinks != nullptr ? p_.sinks[head] * kLog2e : -kInfinity;
   const double base = std::max(static_cast<double>(highest), std::ceil(sink));
   const double shift = total > 0.0 ? std::exp2(highest - base) : 0.0;
@@ -603,9 +627,12 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
   if (total == 0.0) return;
   const double normal = shift / denominator;  // makes a probability of what is relative to 2^highest
 
-  alignas(64) float weights[kTileKeys], prefix[kTileKeys];
-  const auto add = [&](std::size_t t, int lane, double weight) {
-    s.terms.push_back({static_cast<std::int32_t>(t * kTileKeys) + lane, index, static_cast<float>(weight)});
+  alignas(64) float weights[kTileKeys];
+  const auto add = [&](std::int32_t key, double weight) {
+    const Place at = place(unit, key);
+    const std::byte* value = p_.v.row(at.page, unit.kv_head, at.slot);
+    for (std::int64_t b = 0; b < value_bytes_; b += 64) __builtin_prefetch(value + b, 0, 2);
+    s.terms.push_back({key, index, value, static_cast<float>(weight) * p_.v.scale_of(at.page, unit.kv_head, at.slot)});
   };
   const std::size_t first_term = s.terms.size();
   // What may be drawn: everything, less the keys that are read exactly.
@@ -620,12 +647,12 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
     for (std::size_t t = 0; t < tiles; ++t) {
       const std::uint64_t kept = s.kept[t];
       if (kept != 0 && s.share[t] > 0.0) {
-        sampling_.weights(logits + t * kTileKeys, kept, mass[t].top, weights, prefix);
+        sampling_.weights(logits.tile(t), kept, mass[t].top, weights);
         const double scale = power(mass[t].top - highest) * normal;
         for (int lane = 0; lane < kTileKeys; ++lane) {
-          if (weights[lane] > 0.0f) add(t, lane, weights[lane] * scale);
+          if (weights[lane] > 0.0f) add(static_cast<std::int32_t>(t * kTileKeys) + lane, weights[lane] * scale);
         }
-        const TileMass rest = sampling_.mass(logits + t * kTileKeys, ~kept);
+        const TileMass rest = sampling_.mass(logits.tile(t), ~kept, state.parts_of(static_cast<std::int64_t>(t), row));
         s.tops[t] = rest.top;
         s.share[t] = rest.sum > 0.0f ? rest.sum * power(rest.top - highest) : 0.0;
       }
@@ -635,76 +662,90 @@ void SampledDecode::draw_row(const Unit& unit, UnitState& state, std::int64_t ro
   if (sampled == 0.0) return;
   const std::size_t first_drawn = s.terms.size();
 
-  // Adds the keys of tile t at which the prefix sums from `before` on reach the targets [m, last).
-  const auto take = [&](std::size_t t, double before, std::size_t m, std::size_t last, double weight) {
-    sampling_.weights(logits + t * kTileKeys, ~s.kept[t], s.tops[t], weights, prefix);
-    const double scale = power(s.tops[t] - highest);
-    int drawn = -1, times = 0;
-    for (; m < last; ++m) {
-      const auto target = static_cast<float>((s.targets[m] - before) / scale);
-      int lane = 0;
-      for (int i = 0; i < kTileKeys; ++i) lane += prefix[i] < target ? 1 : 0;
-      // Rounding may have passed the last key, or stopped at one without weight.
-      lane = std::min(lane, kTileKeys - 1);
-      while (lane > 0 && weights[lane] == 0.0f) --lane;
-      while (weights[lane] == 0.0f) ++lane;
-      if (lane != drawn) {
-        if (times > 0) add(t, drawn, times * weight);
-        drawn = lane;
-        times = 0;
-      }
-      ++times;
+  // A draw of the key of tile t at which the prefix sums of shares reach so far into it.
+  const auto pick = [&](std::size_t t, double into, double weight) {
+    const float* part = state.parts_of(static_cast<std::int64_t>(t), row);
+    const auto target = static_cast<float>(into / power(s.tops[t] - highest));
+    float before[kTileParts] = {};
+    for (int n = 1; n < kTileParts; ++n) before[n] = before[n - 1] + part[n - 1];
+    int n = 0;
+    for (int i = 1; i < kTileParts; ++i) n += before[i] < target ? 1 : 0;
+    if (part[n] == 0.0f) {
+      std::uint32_t some = 0;
+      for (int i = 0; i < kTileParts; ++i) some |= std::uint32_t{part[i] > 0.0f} << i;
+      n = nearest(some, n);
     }
-    add(t, drawn, times * weight);
+    const float* at = logits.tile(t) + n * kPartKeys;
+    __builtin_prefetch(at);
+    s.picks.push_back({.logits = at,
+                       .bits = static_cast<std::uint32_t>(~s.kept[t] >> (n * kPartKeys)),
+                       .top = s.tops[t],
+                       .target = target - before[n],
+                       .weight = static_cast<float>(weight),
+                       .key = static_cast<std::int32_t>(t * kTileKeys) + n * kPartKeys});
   };
+  s.picks.clear();
 
   const aggregate::Draws draws(s_, p_.sampled.offset, unit.request, head, query);
   const auto samples = static_cast<double>(s_.samples);
   if (s_.method == SamplingMethod::kSystematicTile) {
     const auto nonempty =
         static_cast<std::int64_t>(std::count_if(s.share.begin(), s.share.end(), [](double x) { return x > 0.0; }));
-    s.targets.resize(static_cast<std::size_t>(std::max<std::int64_t>(1, s_.samples / nonempty)));
-    const auto own = static_cast<double>(s.targets.size());
+    const std::int64_t each = std::max<std::int64_t>(1, s_.samples / nonempty);
+    const auto own = static_cast<double>(each);
     for (std::size_t t = 0; t < tiles; ++t) {
       if (s.share[t] == 0.0) continue;
       const double u = draws.value(static_cast<std::int64_t>(t));
-      for (std::size_t i = 0; i < s.targets.size(); ++i) {
-        s.targets[i] = (static_cast<double>(i) + u) / own * s.share[t];
+      for (std::int64_t i = 0; i < each; ++i) {
+        pick(t, (static_cast<double>(i) + u) / own * s.share[t], s.share[t] * normal / own);
       }
-      take(t, 0.0, 0, s.targets.size(), s.share[t] * normal / own);
     }
   } else {
-    s.targets.resize(static_cast<std::size_t>(s_.samples));
+    const auto count = static_cast<std::size_t>(s_.samples);
+    s.targets.resize(count + 1);
     const double shared = s_.method == SamplingMethod::kSystematic ? draws.value(0) : 0.0;
     for (std::int64_t i = 0; i < s_.samples; ++i) {
       const double u = s_.method == SamplingMethod::kSystematic ? shared : draws.value(i);
       const double f = s_.method == SamplingMethod::kIid ? u : (static_cast<double>(i) + u) / samples;
       s.targets[static_cast<std::size_t>(i)] = f * sampled;
     }
-    if (s_.method == SamplingMethod::kIid) std::sort(s.targets.begin(), s.targets.end());
-    s.openings.clear();
-    std::size_t last_tile = tiles - 1;
+    if (s_.method == SamplingMethod::kIid) std::sort(s.targets.begin(), s.targets.end() - 1);
+    s.targets.back() = kInfinity;
+    // Tiles in which some targets lie. Where slices have one each, the slice says how many there are up to a place,
+    // give or take one: to walk from target to target instead would be a guess for the processor at each of them.
+    s.openings.resize(tiles);
+    std::size_t last_tile = tiles - 1, opened = 0, m = 0;
     while (s.share[last_tile] == 0.0) --last_tile;
+    const bool slices = s_.method != SamplingMethod::kIid;
+    const double per_share = samples / sampled * (1.0 - 1e-12);
     double before = 0.0;
-    for (std::size_t t = 0, m = 0; m < s.targets.size(); ++t) {
-      // The last tile takes what rounding has left.
-      const double after = t == last_tile ? kInfinity : before + s.share[t];
-      std::size_t last = m;
-      while (last < s.targets.size() && s.targets[last] <= after) ++last;
-      if (last > m && s.share[t] > 0.0) {
-        s.openings.push_back({t, m, last, before});
-        m = last;
-      }
+    for (std::size_t t = 0; t <= last_tile; ++t) {
+      const double after = before + s.share[t];
+      std::size_t last = slices ? std::min(static_cast<std::size_t>(after * per_share), count) : m;
+      last += s.targets[last] <= after ? 1 : 0;
+      while (s.targets[last] <= after) ++last;
+      if (t == last_tile) last = count;  // what rounding has left
+      s.openings[opened] = {t, m, last, before};
+      const bool open = last > m && s.share[t] > 0.0;
+      opened += open ? 1 : 0;
+      m = open ? last : m;
       before = after;
     }
-    constexpr std::size_t kAhead = 6;  // logits lie where no processor looks ahead
-    for (std::size_t i = 0; i < s.openings.size(); ++i) {
-      for (int line = 0; i + kAhead < s.openings.size() && line < kTileKeys / 16; ++line) {
-        __builtin_prefetch(logits + s.openings[i + kAhead].tile * kTileKeys + line * 16);
+    for (std::size_t i = 0; i < opened; ++i) {
+      constexpr std::size_t kAhead = 8;
+      if (i + kAhead < opened) {
+        __builtin_prefetch(state.parts_of(static_cast<std::int64_t>(s.openings[i + kAhead].tile), row));
       }
       const Opening& open = s.openings[i];
-      take(open.tile, open.before, open.first, open.last, sampled * normal / samples);
+      for (std::size_t n = open.first; n < open.last; ++n) {
+        pick(open.tile, s.targets[n] - open.before, sampled * normal / samples);
+      }
     }
+  }
+  sampling_.find(s.picks.data(), static_cast<std::int64_t>(s.picks.size()));
+  for (std::size_t i = 0, next; i < s.picks.size(); i = next) {
+    for (next = i + 1; next < s.picks.size() && s.picks[next].key == s.picks[i].key;) ++next;
+    add(s.picks[i].key, static_cast<double>(next - i) * s.picks[i].weight);
   }
   const auto at = [&](std::size_t i) { return s.terms.begin() + static_cast<std::ptrdiff_t>(i); };
   const auto by_key = [](const ValueTerm& a, const ValueTerm& b) { return a.key < b.key; };
@@ -739,19 +780,15 @@ void SampledDecode::draw(const Unit& unit, UnitState& state, Scratch& s) const {
     s.runs.push_back(s.terms.size());
   }
   merge_terms(s);
-  s.values.resize(s.terms.size());
   std::int64_t distinct = 0;
   const std::byte* held = nullptr;
-  for (std::size_t i = 0; i < s.terms.size(); ++i) {
-    const Place at = place(unit, s.terms[i].key);
-    s.values[i] = p_.v.row(at.page, unit.kv_head, at.slot);
-    s.terms[i].weight *= p_.v.scale_of(at.page, unit.kv_head, at.slot);
-    distinct += s.values[i] != held ? 1 : 0;
-    held = s.values[i];
+  for (const ValueTerm& term : s.terms) {
+    distinct += term.value != held ? 1 : 0;
+    held = term.value;
   }
   count(p_.sampled.reads.v_rows, unit, distinct);
-  sampling_.add_values(s.terms.data(), s.values.data(), static_cast<std::int64_t>(s.terms.size()), p_.v.dtype, p_.v.dim,
-                       s.out.data(), columns_);
+  sampling_.add_values(s.terms.data(), static_cast<std::int64_t>(s.terms.size()), p_.v.dtype, p_.v.dim, s.out.data(),
+                       columns_);
   for (std::int64_t row = 0; row < state.rows; ++row) {
     tile_.write_row(s.out.data() + row * columns_, 1.0f, p_.v.dim, p_.out.dtype,
                     p_.out.row(request.q_page, unit.head_of(row), request.q_first + unit.query_of(row)));

@@ -30,7 +30,7 @@ struct ValueTerm {
 };
 
 // Scratch of top_k for n scores: this many bytes, aligned to 64.
-constexpr std::size_t top_k_bytes(std::int64_t n) { return (static_cast<std::size_t>(n) + 64) * 8 + 8192 * 4; }
+constexpr std::size_t top_k_bytes(std::int64_t n) { return (static_cast<std::size_t>(n) + 64) * 8; }
 
 // The heads of an indexer's query, packed (TileKernels::pack_queries) and padded with zeros to a multiple of
 // kIndexRows.
@@ -48,6 +48,9 @@ struct SelectKernels {
   void (*index_tile)(const IndexQuery& query, Math math, const void* keys, float* out) = nullptr;
   // metric[key] = the maximum over the rows (and over what is there, unless `first`). False if a score is NaN.
   bool (*reduce)(const RawScores& block, bool first, float* metric) = nullptr;
+  // out[key] = the sum over the rows of weights[row] * max(0, score), added to what is there unless `first`; a NaN
+  // stays.
+  void (*index)(const RawScores& block, const float* weights, bool first, float* out) = nullptr;
   // out[row * stride + key] = score. False if one is NaN.
   bool (*finish)(const RawScores& block, float* out, std::int64_t stride) = nullptr;
   // metric[i] += the term of norms[i]. False if a sum is NaN.

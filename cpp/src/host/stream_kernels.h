@@ -61,6 +61,9 @@ struct StreamStep {
   const float* value_scale = nullptr;  // [heads][kStreamKeys] or null
   // [rows * kStepTiles] visible keys by 64, row by row, the same for all heads, or null: all of `count`
   const std::uint64_t* bits = nullptr;
+  // scores alone: told after each segment of each head, whose scores are near and whose successors are on their way.
+  void (*scored)(const void* context, int head, int first, int last) = nullptr;
+  const void* context = nullptr;
 };
 
 struct StreamKernels {

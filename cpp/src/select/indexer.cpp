@@ -3,6 +3,7 @@
 //
 // Keys are packed by 64 as attention packs them, and multiplied by all heads of a query in register blocks, ReLU and
 // the weighted sum included: a score is one number when it leaves the registers. Limit: Hi * Di multiply-adds a pair.
+// One query of few heads reads keys where they lie, as decode does: packing would be most of the work. Limit: reading.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -27,6 +28,8 @@ using host::Math;
 
 constexpr std::int64_t kQueries = 8;   // that read a packed tile while it is near
 constexpr std::int64_t kChunk = 1024;  // keys of an item
+constexpr std::int64_t kDirectChunk = 2048;
+constexpr std::int64_t kDirectHeads = 16;  // with more of them, packed keys are multiplied in less time
 constexpr std::int64_t kMaxDim = 576;
 
 // What products run in: exact for what the operands hold.
@@ -124,19 +127,27 @@ class Indexer {
     std::int64_t begin, end;  // keys
   };
   struct Worker {
-    Worker(const Problem& p, Math math, std::size_t tile_bytes) : queries(p, math) {
+    Worker(const Problem& p, Math math, std::size_t tile_bytes) : queries(p, math), scores(p) {
       host::tile_kernels().begin_thread();
       keys.reserve(tile_bytes);
     }
     Worker(Worker&&) = delete;
     ~Worker() { host::tile_kernels().end_thread(); }
     Queries queries;
+    KeyScores scores;
     host::Workspace keys;
     float scale[kTileKeys];
   };
   void make_jobs();
   void run_batch(std::size_t first, std::size_t last, std::int64_t floats);
   void run_item(const Item& item, const std::vector<float*>& at, std::size_t batch, Worker& w) const;
+  void run_direct(const Item& item, float* out, Worker& w) const;
+  // Whether keys are multiplied where they lie: the products must be those of packed keys.
+  bool direct(const Item& item) const {
+    const bool native = (math_ == Math::kBFloat16 && p_.k.dtype == DType::kBFloat16) || math_ == Math::kInt8;
+    return native && item.last - item.first == 1 && p_.num_q_heads <= kDirectHeads &&
+           packed_request_ != jobs_[item.first].request;
+  }
   // Keys of tile `tile` of the request; their scales too, if they have their own.
   void pack(const Request& r, std::int64_t tile, std::byte* keys, float* scale) const;
   void fetch(const Request& r, std::int64_t tile) const;
@@ -214,8 +225,9 @@ void Indexer::run_batch(std::size_t first, std::size_t last, std::int64_t floats
       work += static_cast<double>(job.contested() * p_.num_q_heads * p_.q.dim);
     }
     const std::int64_t begin = item.begin / kTileKeys * kTileKeys, end = item.end;
-    for (std::int64_t k = begin; k < end; k += kChunk) {
-      items.push_back({.first = n, .last = item.last, .begin = k, .end = std::min(end, k + kChunk)});
+    const std::int64_t chunk = direct(item) ? kDirectChunk : kChunk;
+    for (std::int64_t k = begin; k < end; k += chunk) {
+      items.push_back({.first = n, .last = item.last, .begin = k, .end = std::min(end, k + chunk)});
     }
     n = item.last;
   }
@@ -286,6 +298,9 @@ void Indexer::fetch(const Request& r, std::int64_t tile) const {
 void Indexer::run_item(const Item& item, const std::vector<float*>& at, std::size_t batch, Worker& w) const {
   const ListJob& head = jobs_[item.first];
   const Request& r = p_.requests[static_cast<std::size_t>(head.request)];
+  if (direct(item)) {
+    return run_direct(item, at[item.first - batch] + (item.begin - head.middle / kTileKeys * kTileKeys), w);
+  }
   const bool packed = packed_request_ == head.request;
   std::byte* own = w.keys.reserve(tile_bytes_);
   w.queries.pack(r, head.query, jobs_[item.last - 1].query + 1, key_factor_,
@@ -309,6 +324,22 @@ void Indexer::run_item(const Item& item, const std::vector<float*>& at, std::siz
       for (int i = 0; p_.k.partition > 0 && i < kTileKeys; ++i) out[i] *= scale[i];
     }
   }
+}
+
+void Indexer::run_direct(const Item& item, float* out, Worker& w) const {
+  const ListJob& job = jobs_[item.first];
+  const Request& r = p_.requests[static_cast<std::size_t>(job.request)];
+  float weights[kDirectHeads];
+  for (std::int64_t h = 0; h < p_.num_q_heads; ++h) weights[h] = weight(r, job.request, job.query, h);
+  w.scores.set_query(job.request, job.query, 0, 1);
+  w.scores.for_blocks(item.begin, item.end,
+                      [&](std::int64_t, std::int64_t row, const host::RawScores& block, std::int64_t key) {
+                        float* metric = out + (key - item.begin);
+                        kernels_.index(block, weights + row, row == 0, metric);
+                        for (int i = 0; block.key_scale != nullptr && i < block.count; ++i) {
+                          if (block.key_scale[i] < 0.0f) metric[i] = __builtin_nanf("");  // as in pack
+                        }
+                      });
 }
 
 // Finds out whose fault it is.

@@ -34,23 +34,23 @@ const float* Norms::get(std::int64_t request, std::int64_t kv_head, std::int64_t
     const Place at = place_of(p_, r, j);
     const std::int64_t run = std::min(end - j, p_.page_size - at.slot);
     const float* row = stored_.as<const float>() + at.page * stored_.strides[0] + kv_head * stored_.strides[1];
+    if (run == end - begin) return row + at.slot;
     std::copy_n(row + at.slot, run, buffer + (j - begin));
     j += run;
   }
   return buffer;
 }
 
-void Norms::fetch(std::int64_t request, std::int64_t begin, std::int64_t end) const {
+void Norms::fetch(std::int64_t request, std::int64_t kv_head, std::int64_t begin, std::int64_t end) const {
   if (!stored_.given()) return;
   constexpr std::int64_t kLine = 64 / sizeof(float);
   const Request& r = p_.requests[static_cast<std::size_t>(request)];
   for (std::int64_t j = begin; j < end;) {
     const Place at = place_of(p_, r, j);
     const std::int64_t run = std::min(end - j, p_.page_size - at.slot);
-    const float* row = stored_.as<const float>() + at.page * stored_.strides[0] + at.slot;
-    for (std::int64_t h = 0; h < p_.num_kv_heads; ++h, row += stored_.strides[1]) {
-      for (std::int64_t i = 0; i < run; i += kLine) __builtin_prefetch(row + i, 0, 2);
-    }
+    const float* row =
+        stored_.as<const float>() + at.page * stored_.strides[0] + kv_head * stored_.strides[1] + at.slot;
+    for (std::int64_t i = 0; i < run; i += kLine) __builtin_prefetch(row + i, 0, 2);
     j += run;
   }
 }

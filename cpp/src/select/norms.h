@@ -14,8 +14,8 @@ class Norms {
   // From `cache` if there is one, else `given`, float32 [B, Sk, Hkv] or [total_k, Hkv], else from v.
   Norms(const Problem& problem, const TensorView& given, const KVCache* cache);
 
-  // Fetches what get() of any KV head will read of a cache, while something else is computed.
-  void fetch(std::int64_t request, std::int64_t begin, std::int64_t end) const;
+  // Fetches what get() will read of a cache, while something else is computed.
+  void fetch(std::int64_t request, std::int64_t kv_head, std::int64_t begin, std::int64_t end) const;
   // Of the keys [begin, end) of a request's KV head; `buffer`, of end - begin, may be where they are put.
   const float* get(std::int64_t request, std::int64_t kv_head, std::int64_t begin, std::int64_t end,
                    float* buffer) const;

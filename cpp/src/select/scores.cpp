@@ -43,8 +43,7 @@ KeyScores::KeyScores(const Problem& problem)
   if (p_.k.scale != nullptr && p_.k.partition == 0) factor_ = p_.k.scale[0];
   row_.resize(static_cast<std::size_t>(stride_));
   quantized_.resize(static_cast<std::size_t>(stride_));
-  rows_.resize(kKeys + 4);
-  boundary_.resize(kKeys + 1);
+  rows_.resize(kPlaces + 4);
   scores_.resize(static_cast<std::size_t>(heads_at_once_ * block_rows_ * host::kStreamKeys));
 }
 
@@ -94,33 +93,36 @@ void KeyScores::set_query(std::int64_t request, std::int64_t query, std::int64_t
   }
 }
 
-void KeyScores::locate(std::int64_t first, int keys) {
+// Places of `places` keys from `first` on; scales of `keys` of them.
+void KeyScores::locate(std::int64_t first, int keys, int places) {
   const Request& r = p_.requests[static_cast<std::size_t>(request_)];
-  std::fill(boundary_.begin(), boundary_.end(), false);
-  for (int at = 0; at < keys;) {
+  for (int at = 0; at < places;) {
     const Place place = place_of(p_, r, first + at);
-    int run = keys - at;
+    if (at == 0) slot_ = place.slot;
+    int run = places - at;
     if (p_.page_size > 0) run = static_cast<int>(std::min<std::int64_t>(run, p_.page_size - place.slot));
     const std::byte* key = p_.k.row(place.page, first_head_, place.slot);
     for (int i = 0; i < run; ++i) rows_[static_cast<std::size_t>(at + i)] = key + i * p_.k.slot_stride;
-    for (std::int64_t h = 0; p_.k.partition > 0 && h < num_heads_; ++h) {
-      p_.k.copy_scales(place.page, first_head_ + h, place.slot, run, key_scale_.data() + h * kKeys + at);
+    for (std::int64_t h = 0; p_.k.partition > 0 && at < keys && h < num_heads_; ++h) {
+      p_.k.copy_scales(place.page, first_head_ + h, place.slot, std::min(run, keys - at),
+                       key_scale_.data() + h * kKeys + at);
     }
     at += run;
-    boundary_[static_cast<std::size_t>(at)] = true;
   }
-  for (int i = 0; i < 4; ++i) rows_[static_cast<std::size_t>(keys + i)] = rows_[static_cast<std::size_t>(keys - 1)];
+  for (int i = 0; i < 4; ++i) rows_[static_cast<std::size_t>(places + i)] = rows_[static_cast<std::size_t>(places - 1)];
 }
 
 // Segments of the keys [at, at + count): they end with a page, or by kSegmentKeys, always at a multiple of 4.
 int KeyScores::cut(int at, int count, host::StreamSegment* segments) const {
   int n = 0, start = 0;
-  for (int end = 4; end < count; end += 4) {
-    bool ends = end - start >= kSegmentKeys && scattered_;
-    for (int i = end; i < end + 4 && !scattered_ && end - start >= kSegmentKeys; ++i) {
-      ends = ends || boundary_[static_cast<std::size_t>(std::min(at + i, kKeys))];
+  while (scattered_ || p_.page_size > 0) {
+    int end = start + kSegmentKeys;
+    if (!scattered_) {  // the first end of a page from there on
+      const std::int64_t past = (slot_ + at + end) % p_.page_size;
+      end += static_cast<int>(past == 0 ? 0 : p_.page_size - past);
+      end -= end % 4;
     }
-    if (!ends) continue;
+    if (end >= count) break;
     segments[n++] = {start, end - start};
     start = end;
   }
@@ -128,7 +130,7 @@ int KeyScores::cut(int at, int count, host::StreamSegment* segments) const {
   return n;
 }
 
-void KeyScores::multiply(std::int64_t head, std::int64_t last, std::int64_t row, int at, int keys) {
+void KeyScores::multiply(std::int64_t head, std::int64_t last, std::int64_t row, int at, int places) {
   host::StreamTile tiles[host::kStreamHeads];
   for (std::int64_t h = head; h < last; ++h) {
     const std::int64_t first = row_of(h, row);
@@ -137,7 +139,8 @@ void KeyScores::multiply(std::int64_t head, std::int64_t last, std::int64_t row,
                        .row_sums = row_sums_.data() + first,
                        .scores = scores_.data() + (h - head) * block_rows_ * host::kStreamKeys};
   }
-  const int count = std::min(keys - at, host::kStreamKeys), left = std::min(keys - at - count, host::kStreamKeys);
+  const int count = std::min(std::min(places, kKeys) - at, host::kStreamKeys);
+  const int left = std::min(places - at - count, host::kStreamKeys);
   host::StreamSegment segments[kMaxSegments], next[kMaxSegments];
   if (left > 0) cut(at + count, left, next);
   host::StreamStep step{.keys = rows_.data() + at,
@@ -157,14 +160,15 @@ void KeyScores::multiply(std::int64_t head, std::int64_t last, std::int64_t row,
   host::stream_kernels().scores(tiles, static_cast<int>(last - head), step);
 }
 
-host::RawScores KeyScores::block(std::int64_t head, std::int64_t nth, std::int64_t row, int at, int keys) const {
-  const std::int64_t first = row_of(head, row);
-  return {.scores = scores_.data() + nth * block_rows_ * host::kStreamKeys,
+// Of the `nth` head from `head` on, the keys [from, to) of those that were located.
+host::RawScores KeyScores::block(std::int64_t head, std::int64_t nth, std::int64_t row, int from, int to) const {
+  const std::int64_t first = row_of(head + nth, row);
+  return {.scores = scores_.data() + nth * block_rows_ * host::kStreamKeys + from % host::kStreamKeys,
           .rows = std::min<std::int64_t>(group_ - row, host::kStreamRows),
-          .count = std::min(keys - at, host::kStreamKeys),
+          .count = to - from,
           .factor = factors_.data() + first,
           .bias = biases_.data() + first,
-          .key_scale = p_.k.partition > 0 ? key_scale_.data() + head * kKeys + at : nullptr,
+          .key_scale = p_.k.partition > 0 ? key_scale_.data() + (head + nth) * kKeys + from : nullptr,
           .softcap = static_cast<float>(p_.softcap)};
 }
 
@@ -208,7 +212,8 @@ void value_norms(const Problem& p, std::int64_t request, std::int64_t kv_head, s
   const Request& r = p.requests[static_cast<std::size_t>(request)];
   const bool plain = p.v.scale == nullptr && p.v.mean == nullptr;
   for (std::int64_t key = begin; key < end; ++key) {
-    const Place at = place_of(p, r, key);
+    const Place at = place_of(p, r, key), next = place_of(p, r, std::min(key + kRowsAhead, r.kv_len - 1));
+    fetch_row(p.v, next.page, kv_head, next.slot);
     if (plain) {
       const std::byte* x = p.v.row(at.page, kv_head, at.slot);
       out[key - begin] = static_cast<float>(std::sqrt(kernels.sum_squares(x, p.v.dtype, p.v.dim)));

@@ -42,15 +42,17 @@ class KeyScores {
   template <class Fn>
   void for_blocks(std::int64_t begin, std::int64_t end, Fn&& fn) {
     for (std::int64_t first = begin; first < end; first += kKeys) {
-      const int keys = static_cast<int>(end - first < kKeys ? end - first : kKeys);
-      locate(first, keys);
+      const int left = static_cast<int>(end - first < kPlaces ? end - first : kPlaces),
+                keys = left < kKeys ? left : kKeys;
+      locate(first, keys, left);
       for (int at = 0; at < keys; at += host::kStreamKeys) {
         for (std::int64_t head = 0; head < num_heads_; head += heads_at_once_) {
           const std::int64_t last = head + heads_at_once_ < num_heads_ ? head + heads_at_once_ : num_heads_;
           for (std::int64_t row = 0; row < group_; row += host::kStreamRows) {
-            multiply(head, last, row, at, keys);
+            multiply(head, last, row, at, left);
+            const int to = keys - at < host::kStreamKeys ? keys : at + host::kStreamKeys;
             for (std::int64_t h = head; h < last; ++h)
-              fn(first_head_ + h, row, block(h, h - head, row, at, keys), first + at);
+              fn(first_head_ + h, row, block(head, h - head, row, at, to), first + at);
           }
         }
       }
@@ -58,14 +60,15 @@ class KeyScores {
   }
 
  private:
-  static constexpr int kKeys = 1024;       // whose places are looked up at a time
-  static constexpr int kSegmentKeys = 16;  // of a segment, where rows do not follow one another
+  static constexpr int kKeys = 1024;                         // that are scored with one look at where they lie
+  static constexpr int kPlaces = kKeys + host::kStreamKeys;  // looked up at a time: the next ones are fetched ahead
+  static constexpr int kSegmentKeys = 16;                    // of a segment, where rows do not follow one another
   static constexpr int kMaxSegments = host::kStreamKeys / kSegmentKeys + 1;
 
-  void locate(std::int64_t first, int keys);
+  void locate(std::int64_t first, int keys, int places);
   int cut(int at, int count, host::StreamSegment* segments) const;
-  void multiply(std::int64_t head, std::int64_t last, std::int64_t row, int at, int keys);
-  host::RawScores block(std::int64_t head, std::int64_t nth, std::int64_t row, int at, int keys) const;
+  void multiply(std::int64_t head, std::int64_t last, std::int64_t row, int at, int places);
+  host::RawScores block(std::int64_t head, std::int64_t nth, std::int64_t row, int from, int to) const;
   std::int64_t row_of(std::int64_t head, std::int64_t row) const { return head * padded_group_ + row; }
 
   const Problem& p_;
@@ -81,7 +84,7 @@ class KeyScores {
   std::vector<const std::byte*> rows_;  // of the first head
   std::vector<float> key_scale_;        // [heads][kKeys]
   std::vector<float> scores_;           // [heads at once][block rows][kStreamKeys]
-  std::vector<bool> boundary_;          // whether a page ends before the key
+  std::int64_t slot_ = 0;               // of the first of them, in its page
 };
 
 // Where key j of a request lies.
@@ -92,6 +95,14 @@ inline Place place_of(const Problem& p, const Request& r, std::int64_t key) {
   if (p.page_size == 0) return {r.k_page, r.k_first + key};
   return {r.pages[key / p.page_size], key % p.page_size};
 }
+
+// Fetches a row: those of one head lie apart, where no processor looks ahead.
+inline void fetch_row(const Rows& rows, std::int64_t page, std::int64_t head, std::int64_t slot) {
+  const std::byte* row = rows.row(page, head, slot);
+  const std::int64_t bytes = rows.dim * static_cast<std::int64_t>(size_of(rows.dtype));
+  for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+}
+inline constexpr std::int64_t kRowsAhead = 16;
 
 // One row as floats, as it is meant: scaled, mean added. `out` has the row's dim.
 void read_row(const Rows& rows, std::int64_t page, std::int64_t head, std::int64_t slot, float* out);

@@ -97,13 +97,19 @@ void Stem::run_head(std::int64_t request, std::int64_t kv_head) {
     float* out = queries_.data() + n * padded_;
     pool(
         first, last, plan_.stride, p_.q.dim, false,
-        [&](std::int64_t i, float* to) { read_query(p_, r, i, kv_head * group + n / rows, to); }, row.data(), out);
+        [&](std::int64_t i, float* to) {
+          const std::int64_t head = kv_head * group + n / rows;
+          fetch_row(p_.q, r.q_page, head, r.q_first + std::min(i + kRowsAhead, r.q_len - 1));
+          read_query(p_, r, i, head, to);
+        },
+        row.data(), out);
     std::fill(out + dim_, out + padded_, 0.0f);
   });
   for_items(columns, reads, row_buffer, [&](auto& row, std::int64_t n) {
     const auto [first, last] = blocks_.keys(request, n);
     const auto read = [&](std::int64_t j, float* to) {
-      const Place at = place_of(p_, r, j);
+      const Place at = place_of(p_, r, j), next = place_of(p_, r, std::min(j + kRowsAhead, r.kv_len - 1));
+      fetch_row(p_.k, next.page, kv_head, next.slot);
       read_row(p_.k, at.page, kv_head, at.slot, to);
     };
     pool(first, last, plan_.stride, p_.k.dim, true, read, row.data(), keys_.data() + n * dim_);

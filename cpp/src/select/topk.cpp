@@ -21,7 +21,7 @@
 namespace heddle::select {
 namespace {
 
-constexpr std::int64_t kChunk = 1024;  // keys that are scored at a time
+constexpr std::int64_t kChunk = 2048;  // keys that are scored at a time
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -179,23 +179,26 @@ void Topk::score(KeyScores& scores, const Item& item, float* const* at, std::ato
   const ListJob& job = jobs_[item.job];
   const std::int64_t begin = scored_begin(job), stride = job.seen() + 16;
   scores.set_query(job.request, job.query, 0, p_.num_kv_heads);
-  if (norms_ != nullptr) norms_->fetch(job.request, item.begin, item.end);
+  const host::ValueTerm term = value_term(options_.beta, options_.norm, options_.epsilon);
+  float buffer[host::kStreamKeys];
   scores.for_blocks(
       item.begin, item.end, [&](std::int64_t head, std::int64_t row, const host::RawScores& block, std::int64_t key) {
         float* out = at[head] + (key - begin);
-        const bool good =
-            loo() ? kernels_.finish(block, out + row * stride, stride) : kernels_.reduce(block, row == 0, out);
+        const std::int64_t end = key + block.count;
+        bool good;
+        if (loo()) {
+          good = kernels_.finish(block, out + row * stride, stride);
+        } else {
+          // Where the head's next metrics will be written: a store that waits for its line holds up those of scores.
+          for (int i = 0; i < block.count; i += 16) __builtin_prefetch(out + block.count + i, 1);
+          good = kernels_.reduce(block, row == 0, out);
+        }
+        if (norms_ != nullptr && row + block.rows == p_.group()) {
+          norms_->fetch(job.request, head, end, std::min(end + block.count, item.end));
+          good &= kernels_.add_terms(norms_->get(job.request, head, key, end, buffer), block.count, term, out);
+        }
         if (!good) bad[head].store(true, std::memory_order_relaxed);
       });
-  if (norms_ == nullptr) return;
-  float buffer[kChunk];
-  const host::ValueTerm term = value_term(options_.beta, options_.norm, options_.epsilon);
-  for (std::int64_t head = 0; head < p_.num_kv_heads; ++head) {
-    const float* norms = norms_->get(job.request, head, item.begin, item.end, buffer);
-    if (!kernels_.add_terms(norms, item.end - item.begin, term, at[head] + (item.begin - begin))) {
-      bad[head].store(true, std::memory_order_relaxed);
-    }
-  }
 }
 
 Whole Topk::whole(const ListJob& job, const float* all) const {

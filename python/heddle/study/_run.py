@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -32,6 +33,8 @@ _WINDOW = 50
 _RUN = 32
 # Runs of so many tokens tell which of the decoded tokens repeat what was read.
 _REPEAT = 8
+# Places that are looked at for each passage.
+_PLACES = 1024
 
 
 def study(args: argparse.Namespace, command: str) -> int:
@@ -78,7 +81,7 @@ def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[st
         bench = Bench(model, ids)
         fit_ids = ids[None, -longest:]
         free = len(ids) - longest - (longest + 1 + args.steps)
-        passages = [number * free // args.passages for number in range(args.passages)]
+        passages = _passages(ids[: len(ids) - longest], args.passages, free, sorted(set(args.context)), args.queries)
 
         base = {
             "model": [path.name, path.stat().st_size],
@@ -115,7 +118,7 @@ def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[st
         if "dsa" in args.sections:
             fitting = [context for context in args.context if context + args.steps <= limit]
             options = {
-                "first": 0,
+                "first": passages[0],
                 "context": max(fitting, default=limit - args.steps),
                 "steps": args.steps,
                 "budget": args.dsa_budget,
@@ -124,7 +127,7 @@ def _measured(args: argparse.Namespace, command: str, show: Terminal) -> dict[st
             file = args.out / "dsa.parquet"
             parts["dsa"] = options, lambda tick, o=options: _access.measure(bench, indexer, path=file, tick=tick, **o)
         if "blocks" in args.sections:
-            options = {"first": 0, "context": longest, "densities": args.densities, "block": args.block}
+            options = {"first": passages[0], "context": longest, "densities": args.densities, "block": args.block}
             parts["blocks"] = options, lambda tick, o=options: _blocks.measure(bench, tick=tick, **o)
 
         sections = {}
@@ -255,6 +258,23 @@ def _indexer(
         "kl_by_layer": pairs,
     }
     return indexer, about
+
+
+def _passages(ids: torch.Tensor, count: int, free: int, contexts: list[int], queries: int) -> list[int]:
+    """Where passages begin: each in a part of [0, free] of its own, at the first place where the fewest of the decoded
+    tokens, the last `queries` of a context, end a run of _REPEAT tokens that stands earlier in the passage. Where they
+    do, a model copies, and its loss tells of little else."""
+    latest: dict[bytes, int] = {}
+    before = np.full(len(ids), -1)  # by the last token of a run: where the same run began last
+    for first, run in enumerate(_runs(ids, _REPEAT)):
+        before[first + _REPEAT - 1] = latest.get(run, -1)
+        latest[run] = first
+
+    def repeated(first: int) -> float:
+        return max(float(np.mean(before[first + n - min(queries, n) : first + n] >= first)) for n in contexts)
+
+    ranges = [range(n * free // count, max((n + 1) * free // count, n * free // count + 1)) for n in range(count)]
+    return [min(starts[:: max(_REPEAT, len(starts) // _PLACES)], key=repeated) for starts in ranges]
 
 
 def _overlap(fitted: torch.Tensor, ids: torch.Tensor, passages: list[int], length: int) -> float:

@@ -2,6 +2,8 @@
 // and the same products on AMX tiles.
 #pragma once
 
+#include <type_traits>
+
 #include "host/kernels/simd.h"
 #include "host/tile_kernels.h"
 
@@ -80,27 +82,56 @@ HEDDLE_INLINE void multiply_block(typename Product<math>::Acc (&acc)[kBlockRows]
   }
 }
 
-// scores[m][0..64) = a[m] . panel, for kBlockRows rows.
-template <Math math>
-inline void score_block(const std::uint32_t* a, std::int64_t words, const std::uint32_t* panel,
-                        const std::int32_t* row_sums, float* scores, std::int64_t score_stride) {
+// Scores of whole numbers are left as floats that are higher by this, where every number up to 2^22 is exact: the
+// accumulators start from its bits, and nothing has to be converted. More than 64 words of D could sum up to more.
+constexpr float score_offset(Math math, std::int64_t words) {
+  return math == Math::kInt8 && HEDDLE_ISA_LEVEL == 3 && words <= 64 ? 0x1.8p23f : 0.0f;
+}
+
+template <Math math, int NV>
+HEDDLE_INLINE void score_columns(const std::uint32_t* a, std::int64_t words, const std::uint32_t* panel,
+                                 const std::int32_t* row_sums, float* scores, std::int64_t score_stride) {
   using Acc = typename Product<math>::Acc;
-  for (int n0 = 0; n0 < kTileKeys; n0 += kBlockVectors * kWidth) {
-    Acc acc[kBlockRows][kBlockVectors];
+  const float offset = score_offset(math, words);
+  Acc acc[kBlockRows][NV];
+  HEDDLE_UNROLL
+  for (int m = 0; m < kBlockRows; ++m) {
+    Acc init{};
+    if constexpr (math == Math::kInt8) init = init + (__builtin_bit_cast(std::int32_t, offset) - 128 * row_sums[m]);
     HEDDLE_UNROLL
-    for (int m = 0; m < kBlockRows; ++m) {
-      Acc init{};
-      if constexpr (math == Math::kInt8) init = init - 128 * row_sums[m];
-      HEDDLE_UNROLL
-      for (int n = 0; n < kBlockVectors; ++n) acc[m][n] = init;
-    }
-    multiply_block<math>(acc, a, words, panel + n0, kTileKeys, words);
+    for (int n = 0; n < NV; ++n) acc[m][n] = init;
+  }
+  multiply_block<math>(acc, a, words, panel, kTileKeys, words);
+  HEDDLE_UNROLL
+  for (int m = 0; m < kBlockRows; ++m) {
     HEDDLE_UNROLL
-    for (int m = 0; m < kBlockRows; ++m) {
-      HEDDLE_UNROLL
-      for (int n = 0; n < kBlockVectors; ++n) store(scores + m * score_stride + n0 + n * kWidth, acc[m][n]);
+    for (int n = 0; n < NV; ++n) {
+      float* out = scores + m * score_stride + n * kWidth;
+      if (math == Math::kInt8 && offset == 0.0f) {
+        store(out, __builtin_convertvector(acc[m][n], F));
+      } else {
+        store(out, acc[m][n]);
+      }
     }
   }
+}
+
+// scores[m][first..last) = a[m] . panel (+ score_offset()), for kBlockRows rows; whole vectors of keys.
+template <Math math>
+inline void score_block(const std::uint32_t* a, std::int64_t words, const std::uint32_t* panel,
+                        const std::int32_t* row_sums, float* scores, std::int64_t score_stride, int first, int last) {
+  const int end = (last + kWidth - 1) / kWidth * kWidth;
+  int n = first / kWidth * kWidth;
+  const auto columns = [&](auto vectors) {
+    score_columns<math, vectors>(a, words, panel + n, row_sums, scores + n, score_stride);
+    n += vectors * kWidth;
+  };
+  while (end - n >= kBlockVectors * kWidth) columns(std::integral_constant<int, kBlockVectors>{});
+  if constexpr (kBlockVectors == 4) {
+    if (end - n == 3 * kWidth) columns(std::integral_constant<int, 3>{});
+    if (end - n == 2 * kWidth) columns(std::integral_constant<int, 2>{});
+  }
+  if (end - n == kWidth) columns(std::integral_constant<int, 1>{});
 }
 
 // o[m][...] = alpha[m] o[m][...] + p[m] . panels, for kBlockRows rows and NV vectors of columns.
@@ -125,18 +156,23 @@ HEDDLE_INLINE void value_columns(const std::uint32_t* p, std::int64_t p_stride, 
   }
 }
 
+// One tile's values, of its keys [first, last), rounded to whole words.
 template <Math math>
 inline void value_block(const std::uint32_t* p, std::int64_t p_stride, const std::uint32_t* values,
-                        std::int64_t columns, const float* alpha, float* o) {
-  constexpr std::int64_t kWords = kTileKeys / elements_per_word(math);
+                        std::int64_t columns, const float* alpha, float* o, int first, int last) {
+  constexpr int kPerWord = elements_per_word(math);
+  constexpr std::int64_t kWords = kTileKeys / kPerWord;
+  const std::int64_t begin = first / kPerWord, words = (last + kPerWord - 1) / kPerWord - begin;
+  p += begin;
   for (std::int64_t c0 = 0; c0 < columns; c0 += kTileKeys) {
     const std::int64_t width = columns - c0 < kTileKeys ? columns - c0 : kTileKeys;
+    const std::uint32_t* panel = values + begin * width;
     std::int64_t c = 0;
     for (; c + kBlockVectors * kWidth <= width; c += kBlockVectors * kWidth) {
-      value_columns<math, kBlockVectors>(p, p_stride, values + c, width, kWords, alpha, o + c0 + c, columns);
+      value_columns<math, kBlockVectors>(p, p_stride, panel + c, width, words, alpha, o + c0 + c, columns);
     }
     for (; c < width; c += kWidth) {
-      value_columns<math, 1>(p, p_stride, values + c, width, kWords, alpha, o + c0 + c, columns);
+      value_columns<math, 1>(p, p_stride, panel + c, width, words, alpha, o + c0 + c, columns);
     }
     values += kWords * width;
   }

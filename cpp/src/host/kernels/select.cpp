@@ -23,12 +23,22 @@ HEDDLE_INLINE F blend(I on, F x, F otherwise) { return as_float((on & as_int(x))
 // Natural logarithm of positive normal numbers, relative error 1e-7 (Cephes' logf); +inf stays, 0 and below give
 // meaningless numbers, NaN stays NaN.
 HEDDLE_INLINE F log(F x) {
+#if HEDDLE_ISA_LEVEL >= 2
+  x = max(set1(0x1p-126f), x);
+  F m = (F)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_src);  // [0.5, 1)
+  F e = (F)_mm512_getexp_ps((__m512)x);
+  const __mmask16 low = _mm512_cmp_ps_mask((__m512)m, _mm512_set1_ps(0.70710678f), _CMP_LT_OQ);
+  m = (F)_mm512_mask_add_ps((__m512)m, low, (__m512)m, (__m512)m) - set1(1.0f);
+  e = (F)_mm512_mask_add_ps((__m512)e, ~low, (__m512)e, _mm512_set1_ps(1.0f));
+#else
   const I bits = as_int(x);
   I exponent = ((bits >> 23) & 0xff) - 126;
   F m = as_float((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
   const I low = m < set1(0.70710678f);
   exponent = exponent + low;  // true is -1
   m = blend(low, m + m, m) - set1(1.0f);
+  const F e = to_float(exponent);
+#endif
   F p = fma(set1(7.0376836292e-2f), m, set1(-1.1514610310e-1f));
   p = fma(p, m, set1(1.1676998740e-1f));
   p = fma(p, m, set1(-1.2420140846e-1f));
@@ -37,13 +47,18 @@ HEDDLE_INLINE F log(F x) {
   p = fma(p, m, set1(2.0000714765e-1f));
   p = fma(p, m, set1(-2.4999993993e-1f));
   p = fma(p, m, set1(3.3333331174e-1f));
-  const F z = m * m, e = to_float(exponent);
+  const F z = m * m;
   F y = p * m * z;
   y = fma(e, set1(-2.12194440e-4f), y);
   y = fma(z, set1(-0.5f), y);
   y = fma(e, set1(0.693359375f), m + y);
+#if HEDDLE_ISA_LEVEL >= 2
+  constexpr int kStays = 0x01 | 0x80 | 0x08;  // NaN, +inf
+  return (F)_mm512_mask_mov_ps((__m512)y, _mm512_fpclass_ps_mask((__m512)x, kStays), (__m512)x);
+#else
   y = blend(x == set1(__builtin_inff()), x, y);
   return blend(x != x, x, y);
+#endif
 }
 
 // The score of kWidth keys of a row.
@@ -106,10 +121,29 @@ bool finish(const RawScores& b, float* out, std::int64_t stride) {
   return good;
 }
 
+// max(0, x) that keeps a NaN.
+HEDDLE_INLINE F relu(F x) { return max(F{}, x); }
+
+void index(const RawScores& b, const float* weights, bool first, float* out) {
+  for_vectors(b.count, out, [&](std::int64_t j) {
+    F sum{};
+    if (!first) {
+      alignas(64) float there[kWidth] = {};
+      const std::int64_t left = b.count - j < kWidth ? b.count - j : kWidth;
+      std::memcpy(there, out + j, static_cast<std::size_t>(left) * 4);
+      sum = load(there);
+    }
+    for (std::int64_t r = 0; r < b.rows; ++r) {
+      sum = fma(set1(weights[r]), relu(finish_score(b, r, static_cast<int>(j))), sum);
+    }
+    return sum;
+  });
+}
+
 HEDDLE_INLINE F value_term(F norm, const ValueTerm& t) {
   if (t.plain) return set1(t.beta) * log(norm + set1(t.epsilon));
   // max(0, log n) = log max(1, n), and NaN stays.
-  return set1(t.beta) * log(blend(norm < set1(1.0f), set1(1.0f), norm));
+  return set1(t.beta) * log(max(set1(1.0f), norm));
 }
 
 bool add_terms(const float* norms, std::int64_t n, const ValueTerm& t, float* metric) {
@@ -161,9 +195,6 @@ void add_weighted(const float* x, std::int64_t dim, const float* weights, std::i
 }
 
 // --- indexer ---
-
-// max(0, x) that keeps a NaN.
-HEDDLE_INLINE F relu(F x) { return max(F{}, x); }
 
 #if HEDDLE_ISA_LEVEL >= 4
 template <Math math>
@@ -297,34 +328,49 @@ bool collect(const float* x, std::int64_t n, float least, Candidates& c) {
   return true;
 }
 
-// The k-th largest key, digit by digit from the top; `ties` becomes how many of those equal to it belong to the k.
-std::uint32_t kth_largest(const std::uint32_t* keys, std::int64_t n, std::int64_t k, std::uint32_t* histogram,
-                          std::int64_t& ties) {
-  constexpr int kShifts[] = {21, 10, 0};
-  constexpr std::uint32_t kDigits[] = {1u << 11, 1u << 11, 1u << 10};
-  std::uint32_t prefix = 0, mask = 0;
-  for (int pass = 0; pass < 3; ++pass) {
-    const int shift = kShifts[pass];
-    const std::uint32_t digits = kDigits[pass];
-    std::memset(histogram, 0, digits * 4);
-    for (std::int64_t i = 0; i < n; ++i) {
-      if ((keys[i] & mask) == prefix) ++histogram[keys[i] >> shift & (digits - 1)];
-    }
-    std::uint32_t digit = digits - 1;
-    while (static_cast<std::int64_t>(histogram[digit]) < k) k -= histogram[digit--];
-    prefix |= digit << shift;
-    mask |= (digits - 1) << shift;
+std::int64_t count_at_least(const std::uint32_t* keys, std::int64_t n, std::uint32_t least) {
+#if HEDDLE_ISA_LEVEL >= 2
+  const __m512i bound = _mm512_set1_epi32(static_cast<int>(least)), one = _mm512_set1_epi32(1);
+  __m512i counts = _mm512_setzero_si512();
+  std::int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __mmask16 in = _mm512_cmpge_epu32_mask(_mm512_loadu_si512(keys + i), bound);
+    counts = _mm512_mask_add_epi32(counts, in, counts, one);
   }
-  ties = k;
-  return prefix;
+  const auto rest = static_cast<__mmask16>((1u << (n - i)) - 1);
+  const __mmask16 in = _mm512_mask_cmpge_epu32_mask(rest, _mm512_maskz_loadu_epi32(rest, keys + i), bound);
+  return _mm512_reduce_add_epi32(_mm512_mask_add_epi32(counts, in, counts, one));
+#else
+  std::int32_t count = 0;
+  for (std::int64_t i = 0; i < n; ++i) count += keys[i] >= least ? 1 : 0;
+  return count;
+#endif
+}
+
+// A number above which lie k - `ties` keys, where `ties` or more are equal to it: bit by bit from the top, each with a
+// count of all keys, until some number of bits says which k they are.
+std::uint32_t kth_largest(const std::uint32_t* keys, std::int64_t n, std::int64_t k, std::int64_t& ties) {
+  std::uint32_t found = 0;
+  for (std::uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
+    const std::int64_t count = count_at_least(keys, n, found | bit);
+    if (count == k) {
+      ties = 0;
+      return (found | bit) - 1;
+    }
+    if (count > k) found |= bit;
+  }
+  ties = k - (found == ~0u ? 0 : count_at_least(keys, n, found + 1));
+  return found;
 }
 
 // A number that about `want` of x, and hardly ever fewer than k of them, lie at or above: from a sample.
-float estimate(const float* x, std::int64_t n, std::int64_t k, std::uint32_t* keys, std::uint32_t* histogram) {
+float estimate(const float* x, std::int64_t n, std::int64_t k, std::uint32_t* keys) {
   constexpr std::int64_t kSample = 1024;
   const std::int64_t step = n / kSample;
   std::int64_t count = 0;
   for (std::int64_t i = 0; i < kSample; ++i) {
+    constexpr std::int64_t kAhead = 32;  // each lies in a line of its own
+    if (i + kAhead < kSample) __builtin_prefetch(x + (i + kAhead) * step);
     const float v = x[i * step];
     keys[count] = ordered(v);
     count += v == v ? 1 : 0;
@@ -334,22 +380,21 @@ float estimate(const float* x, std::int64_t n, std::int64_t k, std::uint32_t* ke
   const std::int64_t rank = static_cast<std::int64_t>(expected + 3.0 * __builtin_sqrt(expected) + 6.0);
   if (rank >= count) return -__builtin_inff();
   std::int64_t ties = 0;
-  const std::uint32_t key = kth_largest(keys, count, rank, histogram, ties);
+  const std::uint32_t key = kth_largest(keys, count, rank, ties);
   return float_from_bits((key >> 31) != 0 ? key ^ 0x80000000u : ~key);
 }
 
 bool top_k(const float* x, std::int64_t n, std::int64_t k, std::int32_t base, std::int32_t* out, void* scratch) {
   constexpr std::int64_t kSampled = 8192;  // fewer are looked at one by one
-  auto* histogram = static_cast<std::uint32_t*>(scratch);
-  Candidates c{histogram + 8192, nullptr, 0};
+  Candidates c{static_cast<std::uint32_t*>(scratch), nullptr, 0};
   c.positions = reinterpret_cast<std::int32_t*>(c.keys + n + 64);
   float least = -__builtin_inff();
-  if (n >= kSampled && k <= n / 4) least = estimate(x, n, k, c.keys, histogram);
+  if (n >= kSampled && k <= n / 4) least = estimate(x, n, k, c.keys);
   if (!collect(x, n, least, c)) return false;
   if (c.count < k && !collect(x, n, -__builtin_inff(), c)) return false;
 
   std::int64_t ties = 0;
-  const std::uint32_t bound = kth_largest(c.keys, c.count, k, histogram, ties);
+  const std::uint32_t bound = kth_largest(c.keys, c.count, k, ties);
   std::int64_t written = 0;
   for (std::int64_t i = 0; written < k; ++i) {
     const bool tie = c.keys[i] == bound && ties > 0;
@@ -365,6 +410,7 @@ bool top_k(const float* x, std::int64_t n, std::int64_t k, std::int32_t base, st
 extern const SelectKernels kSelectKernels;
 const SelectKernels kSelectKernels{.index_tile = index_tile,
                                    .reduce = reduce,
+                                   .index = index,
                                    .finish = finish,
                                    .add_terms = add_terms,
                                    .squared_distances = squared_distances,

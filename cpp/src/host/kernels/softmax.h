@@ -47,69 +47,67 @@ struct SoftmaxRow {
   float* m;
   float* l;
   float* weight = nullptr;  // pv int8: what one stands for in the probabilities stored
+  float offset = 0.0f;      // by how much scores are higher than products
 };
 
 // scores [kStepTiles * 64] of one row -> probabilities; updates m and l; returns what earlier sums must be multiplied
 // by. Tiles that are not active are neither read nor written.
-template <bool kIntScores, Math pv>
+template <Math pv>
 inline float softmax_row(float* scores, void* probabilities, const Step& step, const bool* active,
                          std::int64_t bits_row, const SoftmaxRow& row) {
   constexpr int kVectors = kTileKeys / kWidth;
   F top[4] = {negative_infinity(), negative_infinity(), negative_infinity(), negative_infinity()};
-  I top_int = set1_int(INT32_MIN);  // whole numbers are compared as they are
-  bool is_int = kIntScores;
-  float factor = row.factor, bias = row.bias;
+  float factor = row.factor, bias = row.bias, offset = row.offset;
   for (int t = 0; t < step.tiles; ++t) {
     if (!active[t]) continue;
     float* s = scores + t * kTileKeys;
-    const float* key_scale = step.key_scale[t];
-    if (row.softcap > 0.0f) {  // scores that are not a multiple of the product: rewritten in place
-      for (int n = 0; n < kVectors; ++n) {
-        F x = load_scores<kIntScores>(s + n * kWidth);
-        if (key_scale != nullptr) x = x * load(key_scale + n * kWidth);
-        x = fma(x, set1(row.factor), set1(row.bias));
-        store(s + n * kWidth, set1(row.softcap) * tanh(x * set1(1.0f / row.softcap)));
-      }
-      is_int = false;
-      factor = 1.0f;
-      bias = 0.0f;
-    } else if (key_scale != nullptr) {
+    F x[kVectors];
+    HEDDLE_UNROLL
+    for (int n = 0; n < kVectors; ++n) x[n] = load(s + n * kWidth);
+    if (const float* key_scale = step.key_scale[t]; key_scale != nullptr || row.softcap > 0.0f) {
+      // Scores that are not a multiple of the product, and are rewritten in place.
       HEDDLE_UNROLL
       for (int n = 0; n < kVectors; ++n) {
-        store(s + n * kWidth, load_scores<kIntScores>(s + n * kWidth) * load(key_scale + n * kWidth));
+        x[n] = x[n] - set1(row.offset);
+        if (key_scale != nullptr) x[n] = x[n] * load(key_scale + n * kWidth);
+        if (row.softcap > 0.0f) {
+          x[n] = set1(row.softcap) * tanh(fma(x[n], set1(row.factor), set1(row.bias)) * set1(1.0f / row.softcap));
+        }
+        store(s + n * kWidth, x[n]);
       }
-      is_int = false;
+      offset = 0.0f;
+      if (row.softcap > 0.0f) {
+        factor = 1.0f;
+        bias = 0.0f;
+      }
     }
-    const std::uint64_t* bits = step.bits[t];
-    if (kIntScores && is_int && bits == nullptr) {
+    if (const std::uint64_t* bits = step.bits[t]; bits != nullptr) {
       HEDDLE_UNROLL
-      for (int n = 0; n < kVectors; ++n) top_int = max(load_int(s + n * kWidth), top_int);
-      continue;
+      for (int n = 0; n < kVectors; ++n) x[n] = select(lane_bits(bits[bits_row], n), x[n], negative_infinity());
     }
     HEDDLE_UNROLL
-    for (int n = 0; n < kVectors; ++n) {
-      F x = kIntScores && is_int ? load_scores<kIntScores>(s + n * kWidth) : load(s + n * kWidth);
-      if (bits != nullptr) x = select(lane_bits(bits[bits_row], n), x, negative_infinity());
-      top[n % 4] = max(x, top[n % 4]);
-    }
+    for (int n = 0; n < kVectors; ++n) top[n % 4] = max(x[n], top[n % 4]);
   }
-  F tops = max(max(top[0], top[1]), max(top[2], top[3]));
-  if constexpr (kIntScores) {  // beyond every score: none was compared
-    const I any = top_int != set1_int(INT32_MIN);
-    tops = max(as_float((any & as_int(to_float(top_int))) | (~any & as_int(negative_infinity()))), tops);
-  }
-  const float highest = reduce_max(tops);
-  const float candidate = highest == -__builtin_inff() ? highest : __builtin_fmaf(highest, factor, bias);
+  const float highest = reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
+  const float candidate = highest == -__builtin_inff() ? highest : __builtin_fmaf(highest - offset, factor, bias);
   const float m_old = *row.m;
-  const float m = candidate > m_old ? candidate : m_old;
+  float m = candidate > m_old ? candidate : m_old;
   // A row that has seen nothing keeps m = -inf; any finite number in its place gives probabilities of 0.
-  const float base = m == -__builtin_inff() ? 0.0f : m;
+  float base = m == -__builtin_inff() ? 0.0f : m;
+  float shift = bias - base;
+  if (offset != 0.0f) {
+    // factor * offset is large, and what the sum loses by rounding is the same for all of the row's scores of the step:
+    // a maximum that takes it over leaves nothing lost.
+    const double constant = static_cast<double>(bias) - static_cast<double>(factor) * offset;
+    shift = static_cast<float>(constant - base);
+    base = static_cast<float>(constant - shift);
+    if (m != -__builtin_inff()) m = base;
+  }
   // Whole numbers count from the step's own maximum, so that they are as fine where a step weighs little.
   constexpr bool kWhole = pv == Math::kInt8;
   const bool none = candidate == -__builtin_inff();
-  const float top_of_step = none ? 0.0f : candidate;
   constexpr float kLog2Whole = 14.99995597f;
-  const F f = set1(factor), shift = set1(kWhole ? bias - top_of_step + kLog2Whole : bias - base);
+  if constexpr (kWhole) shift = bias - (none ? 0.0f : candidate) + kLog2Whole;
   F sum[2] = {};
   for (int t = 0; t < step.tiles; ++t) {
     if (!active[t]) continue;
@@ -120,9 +118,7 @@ inline float softmax_row(float* scores, void* probabilities, const Step& step, c
       F p[2];
       HEDDLE_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const float* at = s + (n + i) * kWidth;
-        const F x = kIntScores && is_int ? load_scores<kIntScores>(at) : load(at);
-        p[i] = exp2<pv == Math::kFloat32 ? 5 : 4>(fma(x, f, shift));
+        p[i] = exp2<pv == Math::kFloat32 ? 5 : 4>(fma(load(s + (n + i) * kWidth), set1(factor), set1(shift)));
         if (bits != nullptr) p[i] = select(lane_bits(bits[bits_row], n + i), p[i], F{});
         sum[i] = sum[i] + p[i];
       }

@@ -324,9 +324,11 @@ template <int R, bool kWhole>
 void int8_scores(const Run& run, std::int64_t dim, const std::int8_t* queries, std::int64_t query_stride,
                  const std::int32_t* row_sums, float* scores) {
   const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
-  alignas(64) std::int32_t starts[16] = {};
-  for (int r = 0; r < 4 * R; ++r) starts[r] = -128 * row_sums[r / 4];
-  const __m512i start = _mm512_load_si512(starts);
+  // Lane 4 r + k: -128 * row_sums[r].
+  const __m512i sums_of_rows = _mm512_maskz_loadu_epi32((1 << R) - 1, row_sums);
+  const __m512i row_of_lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m512i start = _mm512_slli_epi32(
+      _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_permutexvar_epi32(row_of_lane, sums_of_rows)), 7);
   run.for_ahead([&](int first, int last, Ahead::Lines ahead) {
     for (int j = first; j < last; j += 4) {
       const std::byte* rows[4];
@@ -644,7 +646,7 @@ void softmax(const StreamTile& tile, const StreamStep& step, int head) {
                            tile.softcap,   tile.m + r,
                            tile.l + r,     tile.weight + r};
     float* at = tile.scores + r * kStreamKeys;
-    tile.alpha[r] = softmax_row<false, pv>(at, at, mask, kActive, r * bits_stride, state);
+    tile.alpha[r] = softmax_row<pv>(at, at, mask, kActive, r * bits_stride, state);
     if (pv == Math::kFloat32 && step.value_scale != nullptr) {
       // A masked key's scale may be NaN.
       const float* scale = step.value_scale + head * kStreamKeys;
@@ -666,9 +668,11 @@ HEDDLE_INLINE void visit(const StreamStep& step, int num_heads, Run run, std::in
     const std::int64_t bytes = segment.count * run.row_bytes * num_heads;
     const bool is_short = !kMatrixUnits && bytes <= kShortBytes;
     const std::int64_t begin = is_short ? bytes : kBeginBytes;
+    const std::int64_t each = (begin / num_heads + 63) / 64 * 64;
     for (int h = 0; h < num_heads; ++h) {
       // The processor needs a while to follow a new place in memory: the next segment is begun meanwhile.
-      for (std::int64_t b = begin * h / num_heads; next != nullptr && b < begin * (h + 1) / num_heads; b += 64) {
+      const std::int64_t first = h * each, last = first + each < begin ? first + each : begin;
+      for (std::int64_t b = first; next != nullptr && b < last; b += 64) {
         if (is_short) {
           __builtin_prefetch(next + b, 0, 2);
         } else {
@@ -689,6 +693,7 @@ HEDDLE_INLINE void visit_keys(const StreamTile* heads, int num_heads, const Stre
       run.ahead = row == 0 ? &ahead : nullptr;
       scores_of<r>(run, heads[h], step, row);
     });
+    if (step.scored != nullptr) step.scored(step.context, h, run.first, run.last);
   });
 }
 

@@ -21,16 +21,20 @@ constexpr std::int64_t product_rows() {
 
 template <Math math>
 HEDDLE_INLINE void multiply_scores(const std::uint32_t* q, std::int64_t words, const std::uint32_t* panel,
-                                   const std::int32_t* row_sums, float* scores) {
+                                   const std::int32_t* row_sums, float* scores, int first, int last) {
 #if HEDDLE_ISA_LEVEL >= 4
   if constexpr (math != Math::kFloat32) {
     amx_scores_32x32<math>(q, words, panel, scores, kStride);
     amx_scores_32x32<math>(q, words, panel + 32 * words, scores + 32, kStride);
+    for (std::int64_t r = 0; r < kAmxRows && math == Math::kInt8; ++r) {
+      float* row = scores + r * kStride;
+      for (int n = 0; n < kTileKeys; n += kWidth) store(row + n, to_float(load_int(row + n)));
+    }
     return;
   }
 #endif
   if constexpr (math == Math::kFloat32 || HEDDLE_ISA_LEVEL == 3) {
-    score_block<math>(q, words, panel, row_sums, scores, kStride);
+    score_block<math>(q, words, panel, row_sums, scores, kStride, first, last);
   }
 }
 
@@ -48,12 +52,15 @@ void run_step(const RowTile& tile, const Step& step, const StepScratch& scratch)
     const std::int64_t rows = tile.rows - chunk < kChunk ? tile.rows - chunk : kChunk;
     const std::int64_t blocks = (rows + kBlock - 1) / kBlock;
     bool active[kChunk / kBlock][kStepTiles];
+    int first_key[kChunk / kBlock][kStepTiles], last_key[kChunk / kBlock][kStepTiles];  // that some row sees
     for (std::int64_t b = 0; b < blocks; ++b) {
       const std::int64_t end = (b + 1) * kBlock < rows ? (b + 1) * kBlock : rows;
       for (int t = 0; t < step.tiles; ++t) {
-        std::uint64_t seen = step.bits[t] == nullptr;
-        for (std::int64_t r = b * kBlock; r < end && seen == 0; ++r) seen |= step.bits[t][chunk + r];
+        std::uint64_t seen = step.bits[t] == nullptr ? ~std::uint64_t{0} : 0;
+        for (std::int64_t r = b * kBlock; r < end && ~seen != 0; ++r) seen |= step.bits[t][chunk + r];
         active[b][t] = seen != 0;
+        first_key[b][t] = seen == 0 ? 0 : __builtin_ctzll(seen);
+        last_key[b][t] = seen == 0 ? 0 : 64 - __builtin_clzll(seen);
       }
     }
 
@@ -65,7 +72,7 @@ void run_step(const RowTile& tile, const Step& step, const StepScratch& scratch)
         if (!active[b][t]) continue;
         for (std::int64_t r = b * kBlock; r < (b + 1) * kBlock; r += product_rows<qk>()) {
           multiply_scores<qk>(q + r * tile.words, tile.words, panel, tile.row_sums + chunk + r,
-                              scores + r * kStride + t * kTileKeys);
+                              scores + r * kStride + t * kTileKeys, first_key[b][t], last_key[b][t]);
         }
       }
     }
@@ -74,10 +81,14 @@ void run_step(const RowTile& tile, const Step& step, const StepScratch& scratch)
     alignas(64) float alpha[kChunk];
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t at = chunk + r;
-      const SoftmaxRow state{tile.factor[at], tile.bias == nullptr ? 0.0f : tile.bias[at], tile.softcap, tile.m + at,
-                             tile.l + at};
-      alpha[r] = softmax_row<qk == Math::kInt8, pv>(scores + r * kStride, p + r * kStride / kPerWord, step,
-                                                    active[r / kBlock], at, state);
+      const SoftmaxRow state{tile.factor[at],
+                             tile.bias == nullptr ? 0.0f : tile.bias[at],
+                             tile.softcap,
+                             tile.m + at,
+                             tile.l + at,
+                             nullptr,
+                             score_offset(qk, tile.words)};
+      alpha[r] = softmax_row<pv>(scores + r * kStride, p + r * kStride / kPerWord, step, active[r / kBlock], at, state);
     }
     for (std::int64_t r = rows; r < kChunk; ++r) alpha[r] = 1.0f;
 
@@ -100,7 +111,7 @@ void run_step(const RowTile& tile, const Step& step, const StepScratch& scratch)
           for (std::int64_t r = b * kBlock; r < (b + 1) * kBlock; r += kBlockRows) {
             value_block<pv>(p + (r * kStride + t * kTileKeys) / kPerWord, kStride / kPerWord,
                             static_cast<const std::uint32_t*>(step.values[t]), tile.columns,
-                            pending[b] ? alpha + r : nullptr, o + r * tile.columns);
+                            pending[b] ? alpha + r : nullptr, o + r * tile.columns, first_key[b][t], last_key[b][t]);
           }
           pending[b] = false;
         }
