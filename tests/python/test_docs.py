@@ -309,7 +309,7 @@ SM90 = {
     "softcap, sinks, lse": "yes",
     "group sizes of any kind, Dv other than D": "any group; Dv other than D in prefill",
     "merge of partial results": "float32, float16, bfloat16",
-    "shared prefixes (cascade decode)": "as decode; not yet run on a GPU",
+    "shared prefixes (cascade decode)": "as decode",
     "tile, static, stealing; split size": "yes; split size in decode",
 }
 
