@@ -34,14 +34,17 @@ struct PrefillConfig {
   static constexpr bool kOverlapEnds = kQStages == 2;
   static_assert(kDim % 16 == 0 && kKeys % 16 == 0, "whole steps of the matrix instruction");
 
-  // 65,536 registers: 2 x 232 + 40 or 3 x 160 + 32 a thread of 128. The scores, the output and the probabilities of a
-  // row tile are (kKeys + kDimV + kKeys / 2) / 2 a thread, which leaves room for some 30 others.
+  // Registers of a thread. The warpgroups share what they are launched with, 3 x 168 or 4 x 128, as 40 + 2 x 232 or
+  // 32 + 3 x 160. The scores, the output and the probabilities of a row tile are (kKeys + kDimV + kKeys / 2) / 2 a
+  // thread, which leaves room for some 30 others.
   static constexpr int kProducerRegisters = kWarpgroups == 1 ? 56 : kWarpgroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 1 ? 256 : kWarpgroups == 2 ? 232 : 160;
+  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups + 1) * (65536 / kThreads / 8 * 8),
+                "more than that is waited for forever");
   static_assert((kKeys + kDimV + kKeys / 2) / 2 + 20 <= kConsumerRegisters, "no spills");
 
-  // Block masks, strides and maps of scores. Few calls have them, and code that is not there need not be fetched: without
-  // it a row tile of few KV tiles takes a tenth less time.
+  // Block masks, strides and maps of scores. Few calls have them, and code that is not there need not be fetched:
+  // without it a row tile of few KV tiles takes 3 to 5 % less time.
   static constexpr bool kGeneral = false;
 
   // Warpgroups take turns at the tensor cores, so that one's softmax runs beside another's products. Long rows have

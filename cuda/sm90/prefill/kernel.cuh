@@ -7,7 +7,8 @@
 // V_(t-1) together, and turns S into the next P while the second product still runs; two warpgroups take turns in
 // issuing, so that the tensor cores have one's products while the other is at its softmax. Data: Q, K and V go through
 // shared memory in chunks of 64 elements with the 128-byte swizzle; S, P and O stay in registers, and O is written from
-// there. Limit: 4 x pairs x dim operations over the rate of the tensor cores.
+// there or, where there is room, by way of shared memory. Limit: 4 x pairs x dim operations over the rate of the tensor
+// cores.
 #pragma once
 
 #include "cuda/common/tma.cuh"

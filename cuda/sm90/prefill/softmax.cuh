@@ -68,8 +68,8 @@ template <int kColumns>
 struct SeenBits {
   ColumnBits<kColumns> rows[2];
 
-  // `queries` are those of the two rows; `key` is the thread's first column's. Without kGeneral, what they see are at most
-  // two intervals.
+  // `queries` are those of the two rows; `key` is the thread's first column's. Without kGeneral, what they see are at
+  // most two intervals.
   template <bool kGeneral>
   __device__ __forceinline__ void set(const Visibility& visibility, const int (&queries)[2], int key) {
 #pragma unroll
