@@ -1,9 +1,9 @@
 """heddle as operators of PyTorch: what torch.compile and CUDA graphs take.
 
-Importing this module registers torch.ops.heddle.attention, .decode, .append and .merge, with fake kernels, for tensors
-of the CPU and of GPUs. The functions here are the ones to call. They have the arguments of heddle.attention and its
-like, except that selections are given as plain numbers and tensors, which a compiler can trace, and a cache as its
-tensors (tensors_of).
+Importing this module registers torch.ops.heddle.attention, .decode, .decode_cascade, .append and .merge, with fake
+kernels, for tensors of the CPU and of GPUs. The functions here are the ones to call. They have the arguments of
+heddle.attention and its like, except that selections are given as plain numbers and tensors, which a compiler can
+trace, and a cache as its tensors (tensors_of).
 
     import heddle.torch
 
@@ -19,15 +19,18 @@ None of them records gradients.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from heddle import _core, select
+from heddle._attention import SharedPrefix
 from heddle._core import KVCache, Schedule, Selection
 from heddle._errors import HeddleValueError, refuse
 
-__all__ = ["CacheTensors", "append", "attention", "decode", "merge", "tensors_of"]
+__all__ = ["CacheTensors", "append", "attention", "decode", "decode_cascade", "merge", "tensors_of"]
 
 Tensor = torch.Tensor
 Window = int | tuple[int | None, int | None]
@@ -130,18 +133,69 @@ def decode(
     strided: tuple[int, int] | None = None,
     block_mask: tuple[Tensor, tuple[int, int]] | None = None,
     tokens: Tensor | tuple[Tensor, Tensor] | None = None,
+    pages: Tensor | tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     schedule: str = "auto",
     split_size: int = 0,
 ) -> Any:
-    """heddle.decode over the tensors of a cache; selections as for attention()."""
+    """heddle.decode over the tensors of a cache.
+
+    Selections as for attention(), or pages: a page list, indices or (indices, lengths).
+    """
     out, lse = torch.ops.heddle.decode(
         q,
         block_table,
         seq_lens,
         *cache,
-        *_options(causal, window, softcap, scale, sinks, select_window, strided, block_mask, tokens),
+        *_options(causal, window, softcap, scale, sinks, select_window, strided, block_mask, tokens, pages),
+        return_lse,
+        backend,
+        schedule,
+        split_size,
+    )
+    return (out, lse) if return_lse else out
+
+
+def decode_cascade(
+    q: Tensor,
+    cache: CacheTensors,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    prefixes: Sequence[tuple[Any, ...]],
+    *,
+    causal: bool = True,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    schedule: str = "auto",
+    split_size: int = 0,
+) -> Any:
+    """heddle.decode_cascade over the tensors of a cache.
+
+    prefixes: a heddle.SharedPrefix, or a tuple of its fields, for each level, with cu_requests a list of numbers or
+    None: which requests share what decides the launches, so that it is part of a traced or captured call.
+    """
+    tables, lens, cu_requests = [], [], []
+    for prefix in prefixes:
+        level = SharedPrefix(*prefix)
+        tables.append(level.block_table)
+        lens.append(level.seq_lens)
+        cu_requests += [0, q.shape[0]] if level.cu_requests is None else list(level.cu_requests)
+    out, lse = torch.ops.heddle.decode_cascade(
+        q,
+        block_table,
+        seq_lens,
+        *cache,
+        tables,
+        lens,
+        cu_requests,
+        causal,
+        softcap,
+        scale,
+        sinks,
         return_lse,
         backend,
         schedule,
@@ -172,10 +226,11 @@ def _options(
     strided: tuple[int, int] | None,
     block_mask: tuple[Tensor, tuple[int, int]] | None,
     tokens: Tensor | tuple[Tensor, Tensor] | None,
+    pages: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Any, ...]:
     """What attention and decode share, as their operators take it. An unbounded side of select_window is -1."""
     kind, numbers, arrays = "", [], []
-    if sum(x is not None for x in (select_window, strided, block_mask, tokens)) > 1:
+    if sum(x is not None for x in (select_window, strided, block_mask, tokens, pages)) > 1:
         raise refuse(HeddleValueError, "value", "selection", "several are given; allowed is one")
     if select_window is not None:
         kind, numbers = "window", [-1 if side is None else side for side in select_window]
@@ -185,6 +240,8 @@ def _options(
         kind, numbers, arrays = "block_mask", list(block_mask[1]), [block_mask[0]]
     elif tokens is not None:
         kind, arrays = "tokens", [tokens] if isinstance(tokens, Tensor) else list(tokens)
+    elif pages is not None:
+        kind, arrays = "pages", [pages] if isinstance(pages, Tensor) else list(pages)
     left, right = window if isinstance(window, tuple) else (window, None if window is None else 0)
     return causal, left, right, softcap, scale, sinks, kind, numbers, arrays
 
@@ -197,6 +254,8 @@ def _selection(kind: str, numbers: list[int], arrays: list[Tensor]) -> Selection
         return select.strided(*numbers)
     if kind == "block_mask":
         return select.block_mask(arrays[0], (numbers[0], numbers[1]))
+    if kind == "pages":
+        return select.page_list(*arrays)
     return select.tokens(*arrays) if kind == "tokens" else None
 
 
@@ -274,6 +333,35 @@ def _decode(q, block_table, seq_lens, *rest):
 @_decode.register_fake
 def _(q, block_table, seq_lens, k, v, *rest):
     lse = (q.shape[0], q.shape[2], q.shape[1]) if _Options(*rest[7:]).return_lse else (0,)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "heddle::decode_cascade",
+    mutates_args=(),
+    schema="(Tensor q, Tensor block_table, Tensor seq_lens, "
+    f"{_CACHE.format(*[''] * 6)}, Tensor[] prefix_tables, Tensor[] prefix_lens, int[] cu_requests, bool causal, "
+    "float softcap, float? scale, Tensor? sinks, bool return_lse, str backend, str schedule, int split_size) "
+    "-> (Tensor, Tensor)",
+)
+def _decode_cascade(q, block_table, seq_lens, *rest):
+    cache, (tables, lens, cu_requests, *options) = _cache(*rest[:9]), rest[9:]
+    *options, return_lse, backend, kind, split_size = options
+    levels, at = [], 0
+    for table, length in zip(tables, lens, strict=True):
+        end = at + table.shape[0] + 1  # of the numbers of this level
+        levels.append((table, length, np.asarray(cu_requests[at:end], np.int32)))
+        at = end
+    schedule = Schedule(kind, split_size)
+    result = _core.decode_cascade(
+        q, cache, block_table, seq_lens, levels, *options, return_lse, None, backend, schedule
+    )
+    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+
+
+@_decode_cascade.register_fake
+def _(q, block_table, seq_lens, k, v, *rest):
+    lse = (q.shape[0], q.shape[2], q.shape[1]) if rest[-4] else (0,)
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
 
 

@@ -307,7 +307,7 @@ SM90 = {
     "float32, float16, bfloat16": "float16, bfloat16",
     f"paged cache: {', '.join(FORMATS)}": "all but fp32; head dimensions 64, 96, 128, 192, 256",
     "softcap, sinks, lse": "yes",
-    "group sizes of any kind, Dv other than D": "any group; Dv other than D in prefill, and in decode over bf16 and fp16 in pages of 8 n",
+    "group sizes of any kind, Dv other than D": "any group; Dv other than D: prefill, 16-bit decode in pages of 8 n",
     "merge of partial results": "float32, float16, bfloat16",
     "shared prefixes (cascade decode)": "as decode",
     "tile, static, stealing; split size": "yes; split size in decode",

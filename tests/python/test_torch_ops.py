@@ -151,6 +151,46 @@ def test_append_and_decode(rng, device, format):
     assert cache.saturated == plain_cache.saturated
 
 
+def cascade(rng, device):
+    """A cache of two requests, their queries and own tokens, one prefix of both and a level with one for each."""
+    cache = calibrated(rng, "bf16", device)
+    table, start, inputs = steps(rng, device)
+    _, k, v = inputs[0]
+    cache.append(k, v, table, start)
+    (q,) = tensors(rng, device, (2, 1, 4, 64))
+    lens = torch.tensor([[16], [7]], dtype=torch.int32, device=device)
+    shared = heddle.SharedPrefix(table[:1, :1], lens[0])
+    own = heddle.SharedPrefix(table[:, 1:2], torch.cat([lens[1], lens[1] - 7]), [0, 1, 2])
+    return q, cache, table[:, 2:], torch.tensor([3, 4], dtype=torch.int32, device=device), [shared, own]
+
+
+def test_decode_cascade(rng, device):
+    q, cache, table, lens, prefixes = cascade(rng, device)
+    options = {"softcap": 3.0, "return_lse": True}
+    expected, expected_lse = supported(heddle.decode_cascade, q, cache, table, lens, prefixes, **options)
+    parts = ops.tensors_of(cache)
+    for call in (ops.decode_cascade, torch.compile(ops.decode_cascade, backend="aot_eager", fullgraph=True)):
+        out, lse = call(q, parts, table, lens, prefixes, **options)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=0)
+        without = call(q, parts, table, lens, prefixes, softcap=3.0)
+        torch.testing.assert_close(without, expected, rtol=0, atol=0)
+
+
+def test_page_lists(rng, device):
+    q, cache, table, _, _ = cascade(rng, device)
+    table = torch.cat([table, table], 1)
+    lens = torch.tensor([40, 64], dtype=torch.int32, device=device)
+    indices = torch.tensor([[[0, 2]], [[1, 3]]], dtype=torch.int32, device=device)
+    counts = torch.tensor([[1], [2]], dtype=torch.int32, device=device)
+    parts = ops.tensors_of(cache)
+    compiled = torch.compile(ops.decode, backend="aot_eager", fullgraph=True)
+    for pages in (indices, (indices, counts)):
+        selection = heddle.select.page_list(*(pages if isinstance(pages, tuple) else (pages,)))
+        expected = supported(heddle.decode, q, cache, table, lens, selection=selection)
+        torch.testing.assert_close(compiled(q, parts, table, lens, pages=pages), expected, rtol=0, atol=0)
+
+
 def test_packed_append(rng, device):
     cache, plain_cache = (heddle.KVCache(8, 16, 2, 64, device=device) for _ in range(2))
     k, v = tensors(rng, device, (12, 2, 64), (12, 2, 64))
@@ -163,7 +203,7 @@ def test_packed_append(rng, device):
 
 
 @pytest.mark.parametrize(
-    "case", ["attention", "packed", "block mask", "decode", "int8 decode", "append", "int8 append", "merge"]
+    "case", ["attention", "packed", "block mask", "decode", "int8 decode", "cascade", "append", "int8 append", "merge"]
 )
 def test_opcheck(rng, device, case):
     """Schema, fake kernels, autograd registration and tracing, as PyTorch's own checker sees them."""
@@ -184,6 +224,13 @@ def test_opcheck(rng, device, case):
         arguments = (q, k, v, None, None, *none[:6], "block_mask", [8, 8], [mask], *none[9:])
         supported(library.attention, *arguments)
         check(library.attention.default, *arguments)
+    elif case == "cascade":
+        q, cache, table, lens, prefixes = cascade(rng, device)
+        levels = [p.block_table for p in prefixes], [p.seq_lens for p in prefixes], [0, 2, 0, 1, 2]
+        options = (True, 0.0, None, None, True, "auto", "auto", 0)
+        arguments = (q, table, lens, *ops.tensors_of(cache), *levels, *options)
+        supported(library.decode_cascade, *arguments)
+        check(library.decode_cascade.default, *arguments)
     elif case == "merge":
         outs, lses = tensors(rng, device, (3, 2, 5, 4, 64), (3, 2, 4, 5), dtype=torch.float32)
         check(library.merge.default, outs, lses, "auto")
