@@ -178,20 +178,17 @@ def decode_cascade(
     prefixes: a heddle.SharedPrefix, or a tuple of its fields, for each level, with cu_requests a list of numbers or
     None: which requests share what decides the launches, so that it is part of a traced or captured call.
     """
-    tables, lens, cu_requests = [], [], []
-    for prefix in prefixes:
-        level = SharedPrefix(*prefix)
-        tables.append(level.block_table)
-        lens.append(level.seq_lens)
-        cu_requests += [0, q.shape[0]] if level.cu_requests is None else list(level.cu_requests)
+    levels = [SharedPrefix(*prefix) for prefix in prefixes]
+    cu_requests = [[0, q.shape[0]] if level.cu_requests is None else list(level.cu_requests) for level in levels]
     out, lse = torch.ops.heddle.decode_cascade(
         q,
         block_table,
         seq_lens,
         *cache,
-        tables,
-        lens,
-        cu_requests,
+        [level.block_table for level in levels],
+        [level.seq_lens for level in levels],
+        [number for numbers in cu_requests for number in numbers],
+        [len(numbers) for numbers in cu_requests],
         causal,
         softcap,
         scale,
@@ -238,10 +235,10 @@ def _options(
         kind, numbers = "strided", list(strided)
     elif block_mask is not None:
         kind, numbers, arrays = "block_mask", list(block_mask[1]), [block_mask[0]]
-    elif tokens is not None:
-        kind, arrays = "tokens", [tokens] if isinstance(tokens, Tensor) else list(tokens)
-    elif pages is not None:
-        kind, arrays = "pages", [pages] if isinstance(pages, Tensor) else list(pages)
+    else:
+        for name, listed in (("tokens", tokens), ("pages", pages)):
+            if listed is not None:
+                kind, arrays = name, [listed] if isinstance(listed, Tensor) else list(listed)
     left, right = window if isinstance(window, tuple) else (window, None if window is None else 0)
     return causal, left, right, softcap, scale, sinks, kind, numbers, arrays
 
@@ -282,9 +279,16 @@ class _Options(NamedTuple):
         selection = _selection(self.selection, self.numbers, self.arrays)
         return self.causal, window, self.softcap, self.scale, self.sinks, selection
 
-    def results(self, result: Any, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Operators always return both; an lse that nobody asked for is empty."""
-        return result if self.return_lse else (result, q.new_empty(0, dtype=torch.float32))
+
+def _results(result: Any, q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Operators always return both; an lse that nobody asked for is empty."""
+    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+
+
+def _like_results(q: Tensor, v: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """What a fake kernel returns for _results."""
+    lse = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if return_lse else (0,)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -297,13 +301,12 @@ def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
     o = _Options(*options)
     schedule = Schedule(o.schedule, o.split_size)
     result = _core.attention(q, k, v, *o.masks(), cu_seqlens_q, cu_seqlens_k, o.return_lse, None, o.backend, schedule)
-    return o.results(result, q)
+    return _results(result, q, o.return_lse)
 
 
 @_attention.register_fake
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
-    lse = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if _Options(*options).return_lse else (0,)
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
+    return _like_results(q, v, _Options(*options).return_lse)
 
 
 _CACHE = "Tensor{} k_pages, Tensor{} v_pages, Tensor{} value_norms, Tensor{} saturation, "
@@ -327,42 +330,36 @@ def _decode(q, block_table, seq_lens, *rest):
     result = _core.decode(
         q, cache, block_table, seq_lens, *o.masks(), None, o.return_lse, False, None, o.backend, schedule, None
     )
-    return o.results(result, q)
+    return _results(result, q, o.return_lse)
 
 
 @_decode.register_fake
 def _(q, block_table, seq_lens, k, v, *rest):
-    lse = (q.shape[0], q.shape[2], q.shape[1]) if _Options(*rest[7:]).return_lse else (0,)
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
+    return _like_results(q, v, _Options(*rest[7:]).return_lse)
 
 
 @torch.library.custom_op(
     "heddle::decode_cascade",
     mutates_args=(),
     schema="(Tensor q, Tensor block_table, Tensor seq_lens, "
-    f"{_CACHE.format(*[''] * 6)}, Tensor[] prefix_tables, Tensor[] prefix_lens, int[] cu_requests, bool causal, "
-    "float softcap, float? scale, Tensor? sinks, bool return_lse, str backend, str schedule, int split_size) "
-    "-> (Tensor, Tensor)",
+    f"{_CACHE.format(*[''] * 6)}, Tensor[] prefix_tables, Tensor[] prefix_lens, int[] cu_requests, int[] sizes, "
+    "bool causal, float softcap, float? scale, Tensor? sinks, bool return_lse, str backend, str schedule, "
+    "int split_size) -> (Tensor, Tensor)",
 )
 def _decode_cascade(q, block_table, seq_lens, *rest):
-    cache, (tables, lens, cu_requests, *options) = _cache(*rest[:9]), rest[9:]
-    *options, return_lse, backend, kind, split_size = options
-    levels, at = [], 0
-    for table, length in zip(tables, lens, strict=True):
-        end = at + table.shape[0] + 1  # of the numbers of this level
-        levels.append((table, length, np.asarray(cu_requests[at:end], np.int32)))
-        at = end
-    schedule = Schedule(kind, split_size)
+    tables, lens, cu_requests, sizes, *options, return_lse, backend, schedule, split_size = rest[9:]
+    numbers = np.split(np.asarray(cu_requests, np.int32), np.cumsum(sizes[:-1]))
+    levels = list(zip(tables, lens, numbers, strict=True)) if sizes else []
+    schedule = Schedule(schedule, split_size)
     result = _core.decode_cascade(
-        q, cache, block_table, seq_lens, levels, *options, return_lse, None, backend, schedule
+        q, _cache(*rest[:9]), block_table, seq_lens, levels, *options, return_lse, None, backend, schedule
     )
-    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+    return _results(result, q, return_lse)
 
 
 @_decode_cascade.register_fake
 def _(q, block_table, seq_lens, k, v, *rest):
-    lse = (q.shape[0], q.shape[2], q.shape[1]) if rest[-4] else (0,)
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
+    return _like_results(q, v, return_lse=rest[-4])
 
 
 @torch.library.custom_op(

@@ -175,6 +175,12 @@ def test_decode_cascade(rng, device):
         torch.testing.assert_close(lse, expected_lse, rtol=0, atol=0)
         without = call(q, parts, table, lens, prefixes, softcap=3.0)
         torch.testing.assert_close(without, expected, rtol=0, atol=0)
+        alone = call(q, parts, table, lens, [])
+        torch.testing.assert_close(alone, heddle.decode(q, cache, table, lens), rtol=0, atol=0)
+    for numbers in ([0, 1, 2, 2], [0, 2]):
+        with pytest.raises(heddle.HeddleValueError) as caught:
+            ops.decode_cascade(q, parts, table, lens, [prefixes[1]._replace(cu_requests=numbers), prefixes[0]])
+        assert caught.value.argument == "prefixes[0].block_table"
 
 
 def test_page_lists(rng, device):
@@ -226,7 +232,7 @@ def test_opcheck(rng, device, case):
         check(library.attention.default, *arguments)
     elif case == "cascade":
         q, cache, table, lens, prefixes = cascade(rng, device)
-        levels = [p.block_table for p in prefixes], [p.seq_lens for p in prefixes], [0, 2, 0, 1, 2]
+        levels = [p.block_table for p in prefixes], [p.seq_lens for p in prefixes], [0, 2, 0, 1, 2], [2, 3]
         options = (True, 0.0, None, None, True, "auto", "auto", 0)
         arguments = (q, table, lens, *ops.tensors_of(cache), *levels, *options)
         supported(library.decode_cascade, *arguments)
