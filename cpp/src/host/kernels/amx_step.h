@@ -19,6 +19,12 @@
 
 namespace heddle::host::HEDDLE_ISA {
 
+template <bool kIntScores>
+HEDDLE_INLINE F load_scores(const float* s) {
+  if constexpr (kIntScores) return to_float(load_int(s));
+  return load(s);
+}
+
 inline constexpr int kBlockTiles = 4;
 inline constexpr int kMaxBlocks = kTileRows / kAmxRows * ((kStepTiles + kBlockTiles - 1) / kBlockTiles);
 

@@ -10,8 +10,6 @@ namespace {
 
 constexpr int kVectors = kTileKeys / kWidth;
 
-HEDDLE_INLINE F blend(I on, F x, F otherwise) { return as_float((on & as_int(x)) | (~on & as_int(otherwise))); }
-
 HEDDLE_INLINE F ceil(F x) {
 #if HEDDLE_ISA_LEVEL >= 2
   return (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);

@@ -18,8 +18,6 @@ HEDDLE_INLINE bool any_lane(I x) {
   return all != 0;
 }
 
-HEDDLE_INLINE F blend(I on, F x, F otherwise) { return as_float((on & as_int(x)) | (~on & as_int(otherwise))); }
-
 // Natural logarithm of positive normal numbers, relative error 1e-7 (Cephes' logf); +inf stays, 0 and below give
 // meaningless numbers, NaN stays NaN.
 HEDDLE_INLINE F log(F x) {

@@ -74,16 +74,6 @@ HEDDLE_INLINE F max(F a, F b) {
 #endif
 }
 
-HEDDLE_INLINE I max(I a, I b) {
-#if HEDDLE_ISA_LEVEL >= 2
-  return (I)_mm512_max_epi32((__m512i)a, (__m512i)b);
-#elif HEDDLE_ISA_LEVEL == 1
-  return (I)_mm256_max_epi32((__m256i)a, (__m256i)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
 HEDDLE_INLINE float reduce_add(F x) {
   alignas(64) float lanes[kWidth];
   store(lanes, x);
@@ -105,6 +95,8 @@ HEDDLE_INLINE float reduce_max(F x) {
 #endif
 }
 
+// Lanes where `on` is true (-1) keep x, the others take `otherwise`.
+HEDDLE_INLINE F blend(I on, F x, F otherwise) { return as_float((on & as_int(x)) | (~on & as_int(otherwise))); }
 // Lanes whose bit is set keep x, the others take `otherwise`.
 HEDDLE_INLINE F select(std::uint32_t bits, F x, F otherwise) {
 #if HEDDLE_ISA_LEVEL >= 2
@@ -113,7 +105,7 @@ HEDDLE_INLINE F select(std::uint32_t bits, F x, F otherwise) {
   I lane{};
   for (int i = 0; i < kWidth; ++i) lane[i] = 1 << i;
   const I on = (set1_int(static_cast<std::int32_t>(bits)) & lane) != 0;
-  return (F)((on & (I)x) | (~on & (I)otherwise));
+  return blend(on, x, otherwise);
 #endif
 }
 

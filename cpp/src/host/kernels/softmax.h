@@ -13,12 +13,6 @@ HEDDLE_INLINE std::uint32_t lane_bits(std::uint64_t bits, int vector) {
   return static_cast<std::uint32_t>(bits >> (vector * kWidth)) & ((1u << kWidth) - 1u);
 }
 
-template <bool kIntScores>
-HEDDLE_INLINE F load_scores(const float* s) {
-  if constexpr (kIntScores) return to_float(load_int(s));
-  return load(s);
-}
-
 // Probabilities that multiply int8 values: whole numbers up to this, 1 being the largest of the row in the step.
 inline constexpr float kWholeProbability = 32767.0f;
 
