@@ -924,11 +924,16 @@ void Attention::write_row(const Unit& unit, std::int64_t row, float* o, float m,
 
 // Splits in order, whoever computed them.
 void Attention::merge_rows(const Partials& partials, std::int64_t row, float* o) const {
+  constexpr std::int64_t kAhead = 4;
+  const std::int64_t bytes = p_.v.dim * static_cast<std::int64_t>(sizeof(float));
   float m = -kInfinity;
   for (std::int64_t split = 0; split < partials.splits; ++split) m = std::max(m, *partials.m(split, row));
   float l = 0.0f;
   std::fill_n(o, columns_, 0.0f);
   for (std::int64_t split = 0; split < partials.splits; ++split) {
+    // What another core has written comes from its caches, as slowly as from memory.
+    const auto* later = reinterpret_cast<const std::byte*>(partials.o(std::min(split + kAhead, partials.splits - 1), row));
+    for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(later + b);
     const float part_l = *partials.l(split, row);
     if (part_l == 0.0f) continue;  // saw nothing
     const float weight = std::exp2(*partials.m(split, row) - m);

@@ -9,7 +9,8 @@ namespace {
 
 // A request with few rows (decode) is cut along its keys so that one long request can use every worker. One with
 // several row tiles is cut less, and not at all where its row tiles and heads are enough parallel work.
-constexpr std::int64_t kSplitKeys = 1024;
+// Larger splits leave less to merge: they are taken where there are many.
+constexpr std::int64_t kSplitKeys = 1024, kLongSplitKeys = 2048, kManySplits = 16;
 constexpr std::int64_t kTileSplitKeys = 2048;
 constexpr std::int64_t kEnoughItems = 64;
 
@@ -17,7 +18,7 @@ constexpr std::int64_t kEnoughItems = 64;
 
 std::int64_t Plan::split_size(const Unit& unit) const {
   if (split_keys > 0) return (split_keys + 63) / 64 * 64;
-  if (row_tiles(unit) == 1) return kSplitKeys;
+  if (row_tiles(unit) == 1) return unit.keys >= kManySplits * kLongSplitKeys ? kLongSplitKeys : kSplitKeys;
   const std::int64_t items = row_tiles(unit) * heads;
   if (items >= kEnoughItems) return std::max<std::int64_t>(unit.keys, 1);
   return std::max(kTileSplitKeys, (unit.keys * items / kEnoughItems + 63) / 64 * 64);
