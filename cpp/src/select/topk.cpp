@@ -21,7 +21,7 @@
 namespace heddle::select {
 namespace {
 
-constexpr std::int64_t kChunk = 2048;  // keys that are scored at a time
+constexpr std::int64_t kChunk = 1024;  // keys that are scored at a time
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
