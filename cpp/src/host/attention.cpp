@@ -932,7 +932,8 @@ void Attention::merge_rows(const Partials& partials, std::int64_t row, float* o)
   std::fill_n(o, columns_, 0.0f);
   for (std::int64_t split = 0; split < partials.splits; ++split) {
     // What another core has written comes from its caches, as slowly as from memory.
-    const auto* later = reinterpret_cast<const std::byte*>(partials.o(std::min(split + kAhead, partials.splits - 1), row));
+    const auto* later =
+        reinterpret_cast<const std::byte*>(partials.o(std::min(split + kAhead, partials.splits - 1), row));
     for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(later + b);
     const float part_l = *partials.l(split, row);
     if (part_l == 0.0f) continue;  // saw nothing
