@@ -1,5 +1,7 @@
 """What the public functions return, against the definition in float64 and against PyTorch."""
 
+from functools import partial
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -434,6 +436,19 @@ def test_calibration_from_samples_saturates_what_lies_beyond(rng):
     cache.append(k, v, np.arange(4, dtype=np.int32)[None], np.zeros(1, np.int32))
     beyond = sum((np.abs(np.rint(x / np.float32(np.abs(x * 0.5).max() / 127))) > 127).sum() for x in (k, v))
     assert cache.saturated == beyond > 0
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8-a"])
+def test_decode_of_long_requests(rng, format):
+    """Longer splits from 32,768 keys on: the last of them partial, whole, or not there at all."""
+    seq_lens = np.array([32767, 32768, 34853], np.int32)
+    cache, table, *_ = filled(rng, np.asarray, format, seq_lens, page_size=16)
+    q = normal(rng, 3, 1, 6, 32)
+    run = partial(heddle.decode, q, cache, table, seq_lens, return_lse=True)
+    (out, lse), (expected, expected_lse) = run(), run(backend="reference")
+    np.testing.assert_allclose(out, expected, atol=2e-4)  # rows of about 1 / sqrt(keys)
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
+    np.testing.assert_array_equal(out, run(schedule=heddle.Schedule("static"))[0])
 
 
 def test_decode_reads_only_what_it_should(rng, backend):
