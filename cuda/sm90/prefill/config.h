@@ -36,7 +36,7 @@ struct PrefillConfig {
 
   // Registers of a thread. The warpgroups share what they are launched with, 3 x 168 or 4 x 128, as 40 + 2 x 232 or
   // 32 + 3 x 160. The scores, the output and the probabilities of a row tile are (kKeys + kDimV + kKeys / 2) / 2 a
-  // thread, which leaves room for some 30 others.
+  // thread, which leaves room for 28 others or more.
   static constexpr int kProducerRegisters = kWarpgroups == 1 ? 56 : kWarpgroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 1 ? 256 : kWarpgroups == 2 ? 232 : 160;
   static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups + 1) * (65536 / kThreads / 8 * 8),
@@ -50,8 +50,11 @@ struct PrefillConfig {
   // Warpgroups take turns at the tensor cores, so that one's softmax runs beside another's products. Long rows have
   // products enough to hide it.
   static constexpr bool kTakeTurns = kWarpgroups > 1 && kDim <= 128;
-  // Scores that are kept until their probabilities are accepted, two tiles of probabilities and the output have to fit.
-  static constexpr bool kSpeculative = (2 * kKeys + kDimV) / 2 + (kWarpgroups == 3 ? 31 : 35) <= kConsumerRegisters;
+  // Two warpgroups do not fill the tensor cores unless each one's softmax runs beside its own second product too, which
+  // reads probabilities while the next are made. Three do, and one set leaves them registers for more keys.
+  static constexpr bool kTwoSets = kWarpgroups < 3;
+  // Scores are kept until their probabilities are accepted.
+  static constexpr bool kSpeculative = !kTwoSets || (2 * kKeys + kDimV) / 2 + 35 <= kConsumerRegisters;
 };
 
 template <class Config>

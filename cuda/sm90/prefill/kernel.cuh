@@ -1,14 +1,14 @@
 // Attention of many queries, 16-bit elements, on Hopper: out = softmax(scale q k^T) v over the KV tiles that the
 // worklist names.
 //
-// Roles: two warps of warpgroup 0 feed. The planner takes row tiles from the schedule and names their KV tiles; the
-// loader has those copied by TMA. Both run ahead as far as shared memory goes, over the ends of row tiles too. The
-// other warpgroups multiply: 64 rows each of the same row tile. For KV tile t a warpgroup issues S = Q K_t^T and O += P
-// V_(t-1) together, and turns S into the next P while the second product still runs; two warpgroups take turns in
-// issuing, so that the tensor cores have one's products while the other is at its softmax. Data: Q, K and V go through
-// shared memory in chunks of 64 elements with the 128-byte swizzle; S, P and O stay in registers, and O is written from
-// there or, where there is room, by way of shared memory. Limit: 4 x pairs x dim operations over the rate of the tensor
-// cores.
+// Roles: the warps of warpgroup 0 feed. The planner takes row tiles from the schedule and names their KV tiles; three
+// loaders have Q, K and V copied by TMA, each as far ahead as its shared memory goes, over the ends of row tiles too.
+// The other warpgroups multiply: 64 rows each of the same row tile. For KV tile t a warpgroup issues S = Q K_t^T and O
+// += P V_(t-1) together, then turns S into the next P. They take turns in issuing, so that the tensor cores have one's
+// products while another is at its softmax; where there are two, the softmax also runs beside the warpgroup's own
+// second product. Data: Q, K and V go through shared memory in chunks of 64 elements with the 128-byte swizzle; S, P
+// and O stay in registers, and O is written from there or, where there is room, by way of shared memory. Limit: 4 x
+// pairs x dim operations over the rate of the tensor cores.
 #pragma once
 
 #include "cuda/common/tma.cuh"
@@ -56,7 +56,7 @@ class PrefillPlanner {
       shared_.item_empty[slot_.stage()].wait(slot_.parity() ^ 1);
       if (lane() == 0) shared_.item[slot_.stage()] = queue.item(index);
       __syncwarp();
-      TileWalk<Config::kKeys> walk(params_, shared_.item[slot_.stage()]);
+      TileWalk<Config::kKeys, Config::kWarpgroups> walk(params_, shared_.item[slot_.stage()]);
       announce(true);
       TileNote note{0};
       do {
@@ -92,37 +92,53 @@ class PrefillPlanner {
   RingPosition<kItemSlots> slot_;
 };
 
-// ---- the loading warp -----------------------------------------------------------------------------------------------
+// ---- the loading warps ----------------------------------------------------------------------------------------------
 
+// One warp each for queries, keys and values, so that none waits for what another's memory is needed for.
 template <class Config>
 class PrefillLoader {
  public:
   __device__ __forceinline__ PrefillLoader(const PrefillParams& params, PrefillShared<Config>& shared)
       : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
-  __device__ __forceinline__ void run() {
-    while (true) {
-      shared_.item_full[slot_.stage()].wait(slot_.parity());
-      if (shared_.item_valid[slot_.stage()] == 0) break;
-      const PrefillItem& item = shared_.item[slot_.stage()];
-      // K_0, Q, K_1, V_0, K_2, V_1, ...: the order in which they are needed.
-      TileNote note = next_note();
-      load_k(item, note);
-      load_q(item);
-      while (!note.last()) {
-        const TileNote next = next_note();
-        load_k(item, next);
-        load_v(item, note.tile());
-        note = next;
-      }
-      load_v(item, note.tile());
-      __syncwarp();
-      if (lane_ == 0) shared_.item_empty[slot_.stage()].arrive();
-      slot_.advance();
+  __device__ __forceinline__ void load_queries() {
+    while (const PrefillItem* item = next_item()) {
+      load_q(*item);
+      release_item();
+    }
+  }
+  __device__ __forceinline__ void load_keys() {
+    while (const PrefillItem* item = next_item()) {
+      TileNote note{0};
+      do {
+        note = next_note();
+        load_k(*item, note);
+      } while (!note.last());
+      release_item();
+    }
+  }
+  __device__ __forceinline__ void load_values() {
+    while (const PrefillItem* item = next_item()) {
+      TileNote note{0};
+      do {
+        note = next_note();
+        load_v(*item, note.tile());
+      } while (!note.last());
+      release_item();
     }
   }
 
  private:
+  // Null after the last.
+  __device__ __forceinline__ const PrefillItem* next_item() {
+    shared_.item_full[slot_.stage()].wait(slot_.parity());
+    return shared_.item_valid[slot_.stage()] != 0 ? &shared_.item[slot_.stage()] : nullptr;
+  }
+  __device__ __forceinline__ void release_item() {
+    __syncwarp();
+    if (lane_ == 0) shared_.item_empty[slot_.stage()].arrive();
+    slot_.advance();
+  }
   __device__ __forceinline__ TileNote next_note() {
     shared_.note_full[note_.stage()].wait(note_.parity());
     const TileNote note{shared_.note[note_.stage()]};
@@ -152,7 +168,7 @@ class PrefillLoader {
       shared_.k_full[k_.stage()].arrive_expecting(item.kv_len > 0 ? Config::kChunks * Config::kKvChunkBytes : 0);
     }
     __syncwarp();
-    load_keys<Config::kChunks>(params_.k_map, shared_.k_full[k_.stage()], shared_.k[k_.stage()], item, note.tile());
+    load_tile<Config::kChunks>(params_.k_map, shared_.k_full[k_.stage()], shared_.k[k_.stage()], item, note.tile());
     k_.advance();
   }
   __device__ __forceinline__ void load_v(const PrefillItem& item, int tile) {
@@ -161,12 +177,12 @@ class PrefillLoader {
       shared_.v_full[v_.stage()].arrive_expecting(item.kv_len > 0 ? Config::kChunksV * Config::kKvChunkBytes : 0);
     }
     __syncwarp();
-    load_keys<Config::kChunksV>(params_.v_map, shared_.v_full[v_.stage()], shared_.v[v_.stage()], item, tile);
+    load_tile<Config::kChunksV>(params_.v_map, shared_.v_full[v_.stage()], shared_.v[v_.stage()], item, tile);
     v_.advance();
   }
 
   template <int kChunks>
-  __device__ __forceinline__ void load_keys(const CUtensorMap& map, Barrier& full,
+  __device__ __forceinline__ void load_tile(const CUtensorMap& map, Barrier& full,
                                             std::uint8_t (&to)[kChunks][Config::kKvChunkBytes], const PrefillItem& item,
                                             int tile) {
     if (item.kv_len == 0) return;  // there may be no memory to read: what lies in the stage is masked and cleared
@@ -177,18 +193,16 @@ class PrefillLoader {
                  item.q_page);
       }
     } else {
-      // A lane a box. Boxes behind the last key bring some key again: what lies there is read by nobody.
-      const int boxes = Config::kKeys / params_.box_keys;
+      // A lane a chunk of a box. Boxes behind the last key bring some key again: what lies there is read by nobody.
+      const int pieces = Config::kKeys / params_.box_keys * kChunks;
       const std::int32_t* table = params_.block_table + item.request * params_.table_stride;
 #pragma unroll 1
-      for (int box = lane_; box < boxes; box += 32) {
-        const int token = min(first + box * params_.box_keys, (item.kv_len - 1) / params_.box_keys * params_.box_keys);
+      for (int i = lane_; i < pieces; i += 32) {
+        const int key = i / kChunks * params_.box_keys, chunk = i % kChunks;
+        const int token = min(first + key, (item.kv_len - 1) / params_.box_keys * params_.box_keys);
         const int page = __ldg(table + token / params_.page_size);
-#pragma unroll 1
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
-          load_box(map, full, to[chunk] + box * params_.box_keys * kChunkRowBytes, CacheHint::kEvictLast,
-                   chunk * kChunkElements, token % params_.page_size, head, page);
-        }
+        load_box(map, full, to[chunk] + key * kChunkRowBytes, CacheHint::kEvictLast, chunk * kChunkElements,
+                 token % params_.page_size, head, page);
       }
     }
     __syncwarp();
@@ -245,7 +259,7 @@ class PrefillConsumer {
     shared_.item_full[slot_.stage()].wait(slot_.parity());
     const bool valid = __shfl_sync(kFullWarp, shared_.item_valid[slot_.stage()], 0) != 0;
     if (valid) {
-      shared_.q_full[q_.stage()].wait(q_.parity());
+      shared_.q_full[q_stage()].wait(q_parity());
       shared_.k_full[k_.stage()].wait(k_.parity());
     }
     wgmma_fence();
@@ -256,24 +270,51 @@ class PrefillConsumer {
   // A row tile whose first scores were issued. With kOverlapEnds: whether another follows; its first scores are issued.
   __device__ __forceinline__ bool multiply(const PrefillItem& item, float (&s)[kKeys / 2], float (&o)[kDimV / 2],
                                            RowState& state) {
-    std::uint32_t even[kKeys / 4], odd[kKeys / 4];  // probabilities of every other tile
-    TileNote note = read_note();
+    std::uint32_t p[kKeys / 4];
+    TileNote note = skip(s);
     const SeenBits<kKeys / 4> seen = look_at(item, note);
     wgmma_wait<0>();
     pin(s);
     release_scores(note);
-    prepare(note, seen, s);
-    state.template start<T>(s, params_.scale_log2, even);
+    const bool behind = note.seen_behind_by(warpgroup_);
+    prepare(note, seen, s, behind);
+    state.template start<T>(s, params_.scale_log2, p, behind);
     await_keys(note);
-    while (true) {
-      if (note.last()) return multiply_last(item, note, s, even, o);
-      note = step(item, note, s, even, odd, o, state);
-      if (note.last()) return multiply_last(item, note, s, odd, o);
-      note = step(item, note, s, odd, even, o, state);
+    if constexpr (Config::kTwoSets) {
+      std::uint32_t other[kKeys / 4];
+      while (true) {
+        if (note.last()) return multiply_last(item, note, s, p, o);
+        note = step(item, note, s, p, other, o, state);
+        if (note.last()) return multiply_last(item, note, s, other, o);
+        note = step(item, note, s, other, p, o, state);
+      }
+    } else {
+      while (!note.last()) note = step(item, note, s, p, p, o, state);
+      return multiply_last(item, note, s, p, o);
     }
   }
 
-  // The scores of the next tile, and the output of the one that `note` names.
+  // Passes over the tiles in front that none of the warpgroup's rows sees, and returns the first other one.
+  __device__ __forceinline__ TileNote skip(float (&s)[kKeys / 2]) {
+    TileNote note = read_note();
+    while (!note.seen_by(warpgroup_)) {
+      wgmma_wait<0>();
+      pin(s);
+      release_scores(note);
+      shared_.v_full[v_.stage()].wait(v_.parity());
+      release(shared_.v_empty, v_);
+      await_keys(note);
+      await_turn();
+      wgmma_fence();
+      issue_scores(s);
+      wgmma_commit();
+      pass_turn();
+      note = read_note();
+    }
+    return note;
+  }
+
+  // The scores of the next tile, and the output of the one that `note` names. p_next may be p where there is one set.
   __device__ __forceinline__ TileNote step(const PrefillItem& item, TileNote note, float (&s)[kKeys / 2],
                                            std::uint32_t (&p)[kKeys / 4], std::uint32_t (&p_next)[kKeys / 4],
                                            float (&o)[kDimV / 2], RowState& state) {
@@ -289,22 +330,32 @@ class PrefillConsumer {
     wgmma_fence();
     issue_output(o, p);
     wgmma_commit();
-    pass_turn();
     const TileNote next = read_note();
     const SeenBits<kKeys / 4> seen = look_at(item, next);
     wgmma_wait<1>();
     pin(s);
+    pass_turn();
     release_scores(next);
     prepare(next, seen, s);
-    const bool moved = state.template update<T, Config::kSpeculative>(s, params_.scale_log2, p_next, decay);
-    pin(p_next);  // all of this before the wait, not after
-    await_keys(next);
+    bool moved = false;
+    if constexpr (Config::kTwoSets) {
+      moved = state.template update<T, Config::kSpeculative>(s, params_.scale_log2, p_next, decay);
+      pin(p_next);  // all of this before the wait, not after
+      await_keys(next);
+      finish_output(o, p);
+    } else {
+      finish_output(o, p);
+      moved = state.template update<T, Config::kSpeculative>(s, params_.scale_log2, p_next, decay);
+      await_keys(next);
+    }
+    if (moved) rescale(o, decay);
+    return next;
+  }
+  __device__ __forceinline__ void finish_output(float (&o)[kDimV / 2], std::uint32_t (&p)[kKeys / 4]) {
     wgmma_wait<0>();
     pin(o);
     pin(p);
     release(shared_.v_empty, v_);
-    if (moved) rescale(o, decay);
-    return next;
   }
   // The last product, and with kOverlapEnds beside it the first of the next row tile, which runs on.
   __device__ __forceinline__ bool multiply_last(const PrefillItem& item, TileNote note, float (&s)[kKeys / 2],
@@ -338,7 +389,7 @@ class PrefillConsumer {
   }
 
   __device__ __forceinline__ void issue_scores(float (&s)[kKeys / 2]) {
-    const Operand q = queries_ + q_.stage() * Config::kChunks * Config::kQChunkBytes;
+    const Operand q = queries_ + q_stage() * Config::kChunks * Config::kQChunkBytes;
     const Operand k = k_major(shared_.k[k_.stage()][0]);
 #pragma unroll
     for (int step = 0; step < Config::kDim / 16; ++step) {
@@ -369,11 +420,14 @@ class PrefillConsumer {
     seen.pin();
     return seen;
   }
-  // Softcap and masks.
-  __device__ __forceinline__ void prepare(TileNote note, const SeenBits<kKeys / 4>& seen, float (&s)[kKeys / 2]) const {
+  // Softcap and masks. !behind: the second half is not needed.
+  __device__ __forceinline__ void prepare(TileNote note, const SeenBits<kKeys / 4>& seen, float (&s)[kKeys / 2],
+                                          bool behind = true) const {
     if (note.special()) {
       if constexpr (Config::kGeneral) map_scores(s, params_.score_map, params_.map_factor);
-      if (note.masked()) seen.apply(s);
+      if (!note.masked()) return;
+      seen.template apply<0, kKeys / 8>(s);
+      if (behind) seen.template apply<kKeys / 8, kKeys / 4>(s);
     }
   }
   __device__ __forceinline__ void rescale(float (&o)[kDimV / 2], const float (&decay)[2]) const {
@@ -399,40 +453,22 @@ class PrefillConsumer {
 
   // ---- the end of a row tile ----
 
+  // What few calls need is behind branches: a row tile's end is a chain of latencies, some 5 clocks an instruction.
   __device__ __forceinline__ void finish(const PrefillItem& item, float (&o)[kDimV / 2], const RowState& state) {
-    float factor[2];
-    bool valid[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int query = query_of(item, row() + 8 * half), head = head_of(item, row() + 8 * half);
-      valid[half] = is_row(row() + 8 * half) && query < item.q_len;
-      const auto add = [](float a, float b) { return a + b; };
-      float sum = quad_reduce(state.sum[half], add);
-      float top = state.at[half], decay = 1.0f;
-      if (params_.sinks != nullptr && valid[half]) {
-        const float sink = __ldg(params_.sinks + head) * kLog2E;
-        const float joined = fmaxf(top, sink), at = joined == -INFINITY ? 0.0f : joined;
-        decay = exp2_approx(top - at);
-        sum = sum * decay + exp2_approx(sink - at);
-        top = joined;
-      }
-      factor[half] = sum == 0.0f ? 0.0f : __fdividef(decay, sum);
-      if (params_.lse != nullptr && valid[half] && thread() % 4 == 0) {
-        const float lse = sum == 0.0f ? -INFINITY : (top + __log2f(sum)) * kLn2;
-        params_
-            .lse[item.q_page * params_.lse_page + head * params_.lse_head + (item.q_first + query) * params_.lse_slot] =
-            lse;
-      }
-    }
+    const auto add = [](float a, float b) { return a + b; };
+    float sum[2] = {quad_reduce(state.sum[0], add), quad_reduce(state.sum[1], add)}, decay[2] = {1.0f, 1.0f};
+    if (params_.sinks != nullptr || params_.lse != nullptr) weigh(item, state, sum, decay);
+    const float factor[2] = {sum[0] == 0.0f ? 0.0f : __fdividef(decay[0], sum[0]),
+                             sum[1] == 0.0f ? 0.0f : __fdividef(decay[1], sum[1])};
     std::uint32_t zeros[2] = {0, 0};  // of a row of the thread: stay so unless something in it is not finite
     const int first = query_of(item, warpgroup_ * 64 + thread() / 32 * 16);  // the warp's
     if (Config::kStoresBoxes && params_.queries_per_store > 0 && first + params_.queries_per_store <= item.q_len) {
       store_rows(item, o, factor, first, zeros);
     } else {
-      store_row<0>(item, o, factor[0], valid[0], zeros[0]);
-      store_row<1>(item, o, factor[1], valid[1], zeros[1]);
+      store_row<0>(item, o, factor[0], zeros[0]);
+      store_row<1>(item, o, factor[1], zeros[1]);
     }
-    const bool poisoned[2] = {valid[0] && (zeros[0] & 0x7fff7fffu) != 0, valid[1] && (zeros[1] & 0x7fff7fffu) != 0};
+    const bool poisoned[2] = {(zeros[0] & 0x7fff7fffu) != 0, (zeros[1] & 0x7fff7fffu) != 0};
     // A row that met something not finite may have met it in a key that it does not see: 0 times NaN is NaN. Such rows
     // are rare, and are computed again key by key.
     if (__any_sync(kFullWarp, poisoned[0] || poisoned[1])) {
@@ -441,9 +477,33 @@ class PrefillConsumer {
 #pragma unroll 1
       for (int i = 0; i < 16; ++i) {
         const unsigned votes = __ballot_sync(kFullWarp, i < 8 ? poisoned[0] : poisoned[1]);
-        if ((votes >> i % 8 * 4 & 0xf) == 0) continue;
         const int again = warpgroup_ * 64 + thread() / 32 * 16 + i;
+        if ((votes >> i % 8 * 4 & 0xf) == 0 || !is_row(item, again)) continue;
         exact_row<T, kDimV>(params_, item, query_of(item, again), head_of(item, again));
+      }
+    }
+  }
+
+  // Sinks join the sums, and the log-sum-exp is written.
+  __device__ __forceinline__ void weigh(const PrefillItem& item, const RowState& state, float (&sum)[2],
+                                        float (&decay)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (!is_row(item, row() + 8 * half)) continue;
+      const int query = query_of(item, row() + 8 * half), head = head_of(item, row() + 8 * half);
+      float top = state.at[half];
+      if (params_.sinks != nullptr) {
+        const float sink = __ldg(params_.sinks + head) * kLog2E;
+        const float joined = fmaxf(top, sink), at = joined == -INFINITY ? 0.0f : joined;
+        decay[half] = exp2_approx(top - at);
+        sum[half] = sum[half] * decay[half] + exp2_approx(sink - at);
+        top = joined;
+      }
+      if (params_.lse != nullptr && thread() % 4 == 0) {
+        const float lse = sum[half] == 0.0f ? -INFINITY : (top + __log2f(sum[half])) * kLn2;
+        params_
+            .lse[item.q_page * params_.lse_page + head * params_.lse_head + (item.q_first + query) * params_.lse_slot] =
+            lse;
       }
     }
   }
@@ -481,8 +541,9 @@ class PrefillConsumer {
   // lane writes 16 bytes.
   template <int kHalf>
   __device__ __forceinline__ void store_row(const PrefillItem& item, const float (&o)[kDimV / 2], float factor,
-                                            bool valid, std::uint32_t& zeros) const {
+                                            std::uint32_t& zeros) const {
     const int query = query_of(item, row() + 8 * kHalf), head = head_of(item, row() + 8 * kHalf);
+    const bool valid = is_row(item, row() + 8 * kHalf);
     T* to = static_cast<T*>(params_.out.data) + item.q_page * params_.out.page + head * params_.out.head +
             (item.q_first + query) * params_.out.slot;
     const int lane = thread() % 4;
@@ -519,8 +580,9 @@ class PrefillConsumer {
   // Read again where it is needed, rather than kept: registers are what the main loop lacks.
   __device__ __forceinline__ static int thread() { return static_cast<int>(threadIdx.x) % 128; }
   __device__ __forceinline__ int row() const { return warpgroup_ * 64 + accumulator_row(thread()); }
-  __device__ __forceinline__ bool is_row(int row) const {
-    return row < params_.schedule.queries_per_tile * params_.packed_heads;
+  // Whether it is one of the request's; some row tiles end in rows that are none.
+  __device__ __forceinline__ bool is_row(const PrefillItem& item, int row) const {
+    return row < params_.schedule.queries_per_tile * params_.packed_heads && query_of(item, row) < item.q_len;
   }
   __device__ __forceinline__ int query_in_tile(int row) const {  // row / packed_heads
     return row * params_.packed_heads_reciprocal >> 16;
@@ -538,12 +600,18 @@ class PrefillConsumer {
     at.advance();
   }
 
+  // Where the queries lie of the row tile whose slot it is: in the stage of the same number, or in the only one.
+  __device__ __forceinline__ int q_stage() const { return Config::kQStages == 1 ? 0 : slot_.stage(); }
+  __device__ __forceinline__ std::uint32_t q_parity() const {
+    return Config::kQStages == 1 ? static_cast<std::uint32_t>(slot_.stage()) : slot_.parity();
+  }
+  static_assert(kItemSlots == 2 && Config::kQStages <= 2);
+
   // What the scores of a KV tile were made of: its keys, and after the last the queries.
   __device__ __forceinline__ void release_scores(TileNote note) {
     release(shared_.k_empty, k_);
     if (!note.last()) return;
-    if (elect_one()) shared_.q_empty[q_.stage()].arrive();
-    q_.advance();
+    if (elect_one()) shared_.q_empty[q_stage()].arrive();
   }
 
   static constexpr int kTurnBarrier = 1, kClearBarrier = 1 + Config::kWarpgroups;
@@ -558,7 +626,6 @@ class PrefillConsumer {
   PrefillShared<Config>& shared_;
   int warpgroup_;
   Operand queries_;
-  RingPosition<Config::kQStages> q_;
   RingPosition<Config::kStages> k_, v_;
   RingPosition<kItemSlots> slot_;
 };
@@ -588,11 +655,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) prefill_kernel(const __gr
     }
     for (int slot = 0; slot < kItemSlots; ++slot) {
       shared.item_full[slot].init(1);
-      shared.item_empty[slot].init(kWarps + 1);
+      shared.item_empty[slot].init(kWarps + 3);
     }
     for (int slot = 0; slot < kNoteSlots; ++slot) {
       shared.note_full[slot].init(1);
-      shared.note_empty[slot].init(1);
+      shared.note_empty[slot].init(2);
     }
     fence_barrier_init();
   }
@@ -600,10 +667,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) prefill_kernel(const __gr
 
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Config::kProducerRegisters));
-    if (threadIdx.x < 32) {
-      PrefillLoader<Config>(params, shared).run();
-    } else if (threadIdx.x < 64) {
-      PrefillPlanner<Config>(params, shared).run();
+    switch (threadIdx.x / 32) {
+      case 0: PrefillPlanner<Config>(params, shared).run(); break;
+      case 1: PrefillLoader<Config>(params, shared).load_queries(); break;
+      case 2: PrefillLoader<Config>(params, shared).load_keys(); break;
+      case 3: PrefillLoader<Config>(params, shared).load_values(); break;
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Config::kConsumerRegisters));

@@ -83,12 +83,13 @@ struct SeenBits {
       }
     }
   }
-  // Scores that are not seen become -inf.
+  // Scores of columns [kFrom, kTo) that are not seen become -inf.
+  template <int kFrom, int kTo>
   __device__ __forceinline__ void apply(float (&s)[2 * kColumns]) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
+      for (int i = kFrom; i < kTo; ++i) {
         if (!rows[row][i]) s[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
       }
     }
@@ -164,31 +165,43 @@ struct RowState {
   template <class T, bool kSpeculative, int N>
   __device__ __forceinline__ bool update(const float (&s)[N], float scale_log2, std::uint32_t (&p)[N / 2],
                                          float (&decay)[2]) {
-    float here[2];
+    float here[2] = {0.0f, 0.0f};
     bool moves;
     if constexpr (kSpeculative) {
-      moves = __any_sync(kFullWarp, any_reaches_two(exponentials<T>(s, scale_log2, at, p, here)));
+      moves = __any_sync(kFullWarp, any_reaches_two(exponentials<T, 0, N>(s, scale_log2, at, p, here)));
       if (moves) {
-        move(s, scale_log2, decay);
-        exponentials<T>(s, scale_log2, at_or_zero(), p, here);
+        move({most<0, 0, N>(s), most<1, 0, N>(s)}, scale_log2, decay);
+        here[0] = here[1] = 0.0f;
+        exponentials<T, 0, N>(s, scale_log2, at_or_zero(), p, here);
       }
     } else {
       // Not below 1: also where nothing was seen so far.
-      const bool exceeds = !(most<0>(s) * scale_log2 - at[0] < 1.0f && most<1>(s) * scale_log2 - at[1] < 1.0f);
+      const float largest[2] = {most<0, 0, N>(s), most<1, 0, N>(s)};
+      const bool exceeds = !(largest[0] * scale_log2 - at[0] < 1.0f && largest[1] * scale_log2 - at[1] < 1.0f);
       moves = __any_sync(kFullWarp, exceeds);
-      if (moves) move(s, scale_log2, decay);
-      exponentials<T>(s, scale_log2, at_or_zero(), p, here);
+      if (moves) move(largest, scale_log2, decay);
+      exponentials<T, 0, N>(s, scale_log2, at_or_zero(), p, here);
     }
     sum[0] += here[0];
     sum[1] += here[1];
     return moves;
   }
-  // The same for the first tile.
+  // The same for the first tile. !behind: nothing is seen of its second half, whose scores may be anything.
+  //
+  // The reference is set by every other eight scores of the first half: where another exceeds them by far, or where
+  // nothing is seen of them, that shows as above.
   template <class T, int N>
-  __device__ __forceinline__ void start(const float (&s)[N], float scale_log2, std::uint32_t (&p)[N / 2]) {
+  __device__ __forceinline__ void start(const float (&s)[N], float scale_log2, std::uint32_t (&p)[N / 2], bool behind) {
     float decay[2];
-    move(s, scale_log2, decay);
-    exponentials<T>(s, scale_log2, at_or_zero(), p, sum);
+    move({most<0, 0, N / 2, 8>(s), most<1, 0, N / 2, 8>(s)}, scale_log2, decay);
+    if (!__any_sync(kFullWarp, any_reaches_two(halves<T>(s, scale_log2, at, p, behind)))) return;
+    float largest[2] = {most<0, 0, N / 2>(s), most<1, 0, N / 2>(s)};
+    if (behind) {
+      largest[0] = fmaxf(largest[0], most<0, N / 2, N>(s));
+      largest[1] = fmaxf(largest[1], most<1, N / 2, N>(s));
+    }
+    move(largest, scale_log2, decay);
+    halves<T>(s, scale_log2, at_or_zero(), p, behind);
   }
 
  private:
@@ -200,17 +213,20 @@ struct RowState {
   __device__ __forceinline__ Pair at_or_zero() const {
     return {{at[0] == -INFINITY ? 0.0f : at[0], at[1] == -INFINITY ? 0.0f : at[1]}};
   }
-  template <int kRow, int N>
+  // Of the row's scores among s[kFrom] up to s[kTo]: of every pair, or with kStep 8 of every other.
+  template <int kRow, int kFrom, int kTo, int kStep = 4, int N>
   __device__ __forceinline__ static float most(const float (&s)[N]) {
-    float most[2] = {fmaxf(s[2 * kRow], s[2 * kRow + 1]), fmaxf(s[4 + 2 * kRow], s[5 + 2 * kRow])};
+    constexpr int kFirst = kFrom + 2 * kRow;
+    float most[2] = {fmaxf(s[kFirst], s[kFirst + 1]), fmaxf(s[kFirst + kStep], s[kFirst + kStep + 1])};
 #pragma unroll
-    for (int i = 8 + 2 * kRow; i < N; i += 4) most[i / 4 % 2] = fmaxf(most[i / 4 % 2], fmaxf(s[i], s[i + 1]));
+    for (int i = kFirst + 2 * kStep; i < kTo; i += kStep) {
+      most[i / kStep % 2] = fmaxf(most[i / kStep % 2], fmaxf(s[i], s[i + 1]));
+    }
     return fmaxf(most[0], most[1]);
   }
-  // Moves `at` to kMargin above the largest exponent of the row so far, or leaves it if that is lower.
-  template <int N>
-  __device__ __forceinline__ void move(const float (&s)[N], float scale_log2, float (&decay)[2]) {
-    const float largest[2] = {most<0>(s), most<1>(s)};
+  // Moves `at` to kMargin above the largest exponent of the row so far, or leaves it if that is lower. largest: of the
+  // thread's scores.
+  __device__ __forceinline__ void move(const float (&largest)[2], float scale_log2, float (&decay)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const float most = quad_reduce(largest[row], [](float a, float b) { return fmaxf(a, b); }) * scale_log2;
@@ -220,17 +236,30 @@ struct RowState {
       at[row] = now;
     }
   }
-  // Returns all words of p in one, bit by bit.
+  // All probabilities of the first tile, and `sum`.
   template <class T, int N, class Reference>
+  __device__ __forceinline__ std::uint32_t halves(const float (&s)[N], float scale_log2, const Reference& reference,
+                                                  std::uint32_t (&p)[N / 2], bool behind) {
+    sum[0] = sum[1] = 0.0f;
+    std::uint32_t all = exponentials<T, 0, N / 2>(s, scale_log2, reference, p, sum);
+    if (behind) {
+      all |= exponentials<T, N / 2, N>(s, scale_log2, reference, p, sum);
+    } else {
+#pragma unroll
+      for (int i = N / 4; i < N / 2; ++i) p[i] = 0;
+    }
+    return all;
+  }
+  // Of scores [kFrom, kTo). Adds to `total`, and returns all words of p in one, bit by bit.
+  template <class T, int kFrom, int kTo, int N, class Reference>
   __device__ __forceinline__ static std::uint32_t exponentials(const float (&s)[N], float scale_log2,
                                                                const Reference& reference, std::uint32_t (&p)[N / 2],
                                                                float (&total)[2]) {
     std::uint32_t all = 0;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      total[row] = 0.0f;
 #pragma unroll
-      for (int i = 2 * row; i < N; i += 4) {
+      for (int i = kFrom + 2 * row; i < kTo; i += 4) {
         const float low = exp2_approx(s[i] * scale_log2 - reference[row]);
         const float high = exp2_approx(s[i + 1] * scale_log2 - reference[row]);
         p[i / 2] = pack<T>(low, high);

@@ -12,15 +12,22 @@ namespace heddle::cuda {
 struct TileNote {
   int value;
 
-  // kMapped: its scores go through a ScoreMap.
-  static constexpr int kLast = 1, kMasked = 2, kMapped = 4, kShift = 3;
+  // kMapped: its scores go through a ScoreMap. kSeen << w: rows of warpgroup w see some of it; kSeenBehind << w: some
+  // of its second half.
+  static constexpr int kWarpgroups = 3;  // at most
+  static constexpr int kLast = 1, kMasked = 2, kMapped = 4, kSeen = 8, kSeenBehind = kSeen << kWarpgroups;
+  static constexpr int kShift = 3 + 2 * kWarpgroups, kSeenByAll = (1 << kShift) - kSeen;
   __device__ __forceinline__ int tile() const { return value >> kShift; }
   __device__ __forceinline__ bool last() const { return (value & kLast) != 0; }
   __device__ __forceinline__ bool masked() const { return (value & kMasked) != 0; }
+  __device__ __forceinline__ bool seen_by(int warpgroup) const { return (value & kSeen << warpgroup) != 0; }
+  __device__ __forceinline__ bool seen_behind_by(int warpgroup) const {
+    return (value & kSeenBehind << warpgroup) != 0;
+  }
   __device__ __forceinline__ bool special() const { return (value & (kMasked | kMapped)) != 0; }
 };
 
-template <int kKeys>
+template <int kKeys, int kWarpgroups>
 class TileWalk {
  public:
   __device__ __forceinline__ TileWalk(const PrefillParams& params, const PrefillItem& item) {
@@ -55,23 +62,31 @@ class TileWalk {
     } else {
       set(hull.begin, hull.end, next_, stop_);
     }
+    // A lane for each of the bits of seen_by and seen_behind_by. The last row of a warpgroup sees most.
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int row = 64 * min(lane % TileNote::kWarpgroups, kWarpgroups - 1) + 63;
+    const int query = item.first_query + (row * params.packed_heads_reciprocal >> 16);
+    sees_until_ = visibility.allowed(min(query, last_query)).end - (lane < TileNote::kWarpgroups ? 0 : kKeys / 2);
     step();
   }
 
-  // The next of them. Not after the last.
+  // The next of them, to all lanes. Not after the last, which always is for all.
   __device__ __forceinline__ TileNote take() {
-    if (upcoming_ < 0) return {flags_ | TileNote::kMasked | TileNote::kLast};
+    if (upcoming_ < 0) return {flags_ | TileNote::kMasked | kForAll};
     const int begin = upcoming_ * kKeys, end = begin + kKeys, masked_bit = masked_;
     const bool unmasked = bits_ != nullptr
                               ? masked_bit == 0
                               : (begin >= unmasked_.begin && end <= unmasked_.end) || end <= unmasked_global_;
     const int tile = upcoming_;
     step();
+    const int seen = static_cast<int>(__ballot_sync(kFullWarp, begin < sees_until_)) * TileNote::kSeen;
     return {tile << TileNote::kShift | flags_ | (unmasked ? 0 : TileNote::kMasked) |
-            (upcoming_ < 0 ? TileNote::kLast : 0)};
+            (upcoming_ < 0 ? kForAll : seen & TileNote::kSeenByAll)};
   }
 
  private:
+  static constexpr int kForAll = TileNote::kLast | TileNote::kSeenByAll;
+
   // Tiles [stop, next) of the keys [begin, end).
   __device__ __forceinline__ static void set(int begin, int end, int& next, int& stop) {
     if (begin >= end) return;
@@ -109,6 +124,7 @@ class TileWalk {
   Span unmasked_;                                            // keys that every row sees, if there are no bits; and
   int unmasked_global_ = 0;                                  // those below this
   const uint2* bits_ = nullptr;
+  int sees_until_;
   int upcoming_ = -1, masked_ = 0;
   int flags_;  // of every note
 };

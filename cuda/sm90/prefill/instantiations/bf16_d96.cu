@@ -3,6 +3,6 @@
 namespace heddle::cuda {
 
 extern const PrefillVariant kPrefillBf16D96;
-const PrefillVariant kPrefillBf16D96 = prefill_variant<PrefillConfig<__nv_bfloat16, 96, 96, 2, 128, 3>>();
+const PrefillVariant kPrefillBf16D96 = prefill_variant<PrefillConfig<__nv_bfloat16, 96, 96, 3, 112, 3>>();
 
 }  // namespace heddle::cuda

@@ -3,6 +3,6 @@
 namespace heddle::cuda {
 
 extern const PrefillVariant kPrefillFp16D64;
-const PrefillVariant kPrefillFp16D64 = prefill_variant<PrefillConfig<__half, 64, 64, 3, 96, 4>>();
+const PrefillVariant kPrefillFp16D64 = prefill_variant<PrefillConfig<__half, 64, 64, 3, 128, 4>>();
 
 }  // namespace heddle::cuda

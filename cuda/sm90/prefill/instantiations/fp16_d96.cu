@@ -3,6 +3,6 @@
 namespace heddle::cuda {
 
 extern const PrefillVariant kPrefillFp16D96;
-const PrefillVariant kPrefillFp16D96 = prefill_variant<PrefillConfig<__half, 96, 96, 2, 128, 3>>();
+const PrefillVariant kPrefillFp16D96 = prefill_variant<PrefillConfig<__half, 96, 96, 3, 112, 3>>();
 
 }  // namespace heddle::cuda
