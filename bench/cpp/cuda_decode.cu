@@ -4,7 +4,8 @@
 // Keys and values are random, pages lie in random order. Each call is timed by events on the device, after a pass over
 // a large buffer that empties L2 by reading and keeps the device busy while the host enqueues what follows; a figure is
 // the median of 25. The plan is made before: it serves all layers of a step. "limit" is a plain read of as many bytes
-// (keys, values and their scales) in the same run, the fastest of three ways to read them.
+// (keys, values and their scales) in the same run, the fastest of three ways to read them. "empty" is a kernel without
+// a body, launched as the plan is: what of the plan's time is the launch.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -12,12 +13,15 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <regex>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "cuda/common/launch_early.h"
 #include "cuda/launch.h"
+#include "cuda/sm90/decode/params.h"
 
 namespace {
 
@@ -89,6 +93,8 @@ __global__ void __launch_bounds__(512) read_kernel(const uint4* data, std::size_
   if (all == 0x9e3779b9u) *never = all;  // a store that the compiler cannot rule out
 }
 
+__global__ void empty_kernel(const __grid_constant__ cuda::decode::Params) {}
+
 class Bench {
  public:
   Bench() : flush_(std::size_t{1} << 29), never_(4) {
@@ -148,11 +154,12 @@ struct Case {
   int page = 16, queries = 1, q_heads = 32, kv_heads = 8, dim = 128, tokens = 0;
   Schedule schedule{};
   bool warm = false;  // right after the same call, without emptying L2 between
+  int calls = 1;      // in a row, as layers make them; the time is that of one
 };
 
 struct Result {
   Case c;
-  double us, limit_us, plan_us;
+  double us, limit_us, plan_us, empty_us;
   std::size_t bytes;
 };
 
@@ -257,9 +264,17 @@ class Runner {
     args.workspace = workspace.as();
     const std::size_t bytes =
         static_cast<std::size_t>(keys * c.kv_heads * (2 * row + (c.format == "int8-a" ? 4 : 0))) / 16 * 16;
-    Result result{c, 0.0, 0.0, 0.0, bytes};
+    Result result{c, 0.0, 0.0, 0.0, 0.0, bytes};
+    const cuda::decode::Params params;
+    result.empty_us =
+        bench_.median([&] { cuda::launch_early(empty_kernel, 1, 128, 0, nullptr, "empty", params); }, c.warm);
     result.plan_us = bench_.median([&] { cuda::launch_decode_plan(args); }, c.warm);
-    result.us = bench_.median([&] { cuda::launch_decode(args); }, c.warm);
+    result.us = bench_.median(
+                    [&] {
+                      for (int i = 0; i < c.calls; ++i) cuda::launch_decode(args);
+                    },
+                    c.warm) /
+                c.calls;
     // Keys and values lie in two buffers, which the limit reads as if they were one.
     result.limit_us = bytes <= 2 * kCacheBytes ? bench_.limit(reads_.as(), bytes) : 0.0;
     return result;
@@ -346,6 +361,8 @@ std::vector<Case> cases() {
                    .tokens = 2048});
   }
   all.push_back({.name = "plan/256x1K", .lens = repeat({{256, K}})});
+  all.push_back({.name = "layers/1x32K", .lens = repeat({{1, 32 * K}}), .calls = 16});
+  all.push_back({.name = "layers/64x512", .lens = repeat({{64, 512}}), .calls = 16});
   for (const bool warm : {false, true}) {
     for (const auto& [name, lens] : {std::pair{"1x64", repeat({{1, 64}})}, std::pair{"1x2K", repeat({{1, 2 * K}})}}) {
       all.push_back({.name = std::string(warm ? "warm/" : "cold/") + name, .lens = lens, .warm = warm});
@@ -357,7 +374,7 @@ std::vector<Case> cases() {
 }  // namespace
 
 int main(int argc, char** argv) try {
-  // The options of google-benchmark that bench/record.py gives; TEXT is part of a name.
+  // The options of google-benchmark that bench/record.py gives; TEXT is a pattern of names.
   std::string filter, into;
   for (int i = 1; i < argc; ++i) {
     const std::string_view argument = argv[i];
@@ -377,14 +394,16 @@ int main(int argc, char** argv) try {
   }
   cudaDeviceProp device{};
   check(cudaGetDeviceProperties(&device, 0));
+  const std::regex wanted(filter);
   Runner runner;
   std::vector<Result> results;
-  std::printf("%s\n%-34s %-7s %9s %9s %9s %9s\n", device.name, "case", "format", "us", "limit", "fraction", "plan us");
+  std::printf("%s\n%-34s %-7s %9s %9s %9s %9s %9s\n", device.name, "case", "format", "us", "limit", "fraction",
+              "plan us", "empty us");
   for (const Case& c : cases()) {
-    if (("cuda-decode/" + c.name + "/" + c.format).find(filter) == std::string::npos) continue;
+    if (!std::regex_search("cuda-decode/" + c.name + "/" + c.format, wanted)) continue;
     const Result r = runner.run(c);
-    std::printf("%-34s %-7s %9.1f %9.1f %9.3f %9.1f\n", c.name.c_str(), c.format.c_str(), r.us, r.limit_us,
-                r.limit_us / r.us, r.plan_us);
+    std::printf("%-34s %-7s %9.1f %9.1f %9.3f %9.1f %9.1f\n", c.name.c_str(), c.format.c_str(), r.us, r.limit_us,
+                r.limit_us / r.us, r.plan_us, r.empty_us);
     std::fflush(stdout);
     results.push_back(r);
   }
@@ -396,8 +415,9 @@ int main(int argc, char** argv) try {
       const Result& r = results[i];
       std::fprintf(out,
                    "%s\n  {\"name\": \"cuda-decode/%s/%s\", \"us\": %.2f, \"limit_us\": %.2f, \"plan_us\": %.2f, "
-                   "\"bytes\": %zu}",
-                   i == 0 ? "" : ",", r.c.name.c_str(), r.c.format.c_str(), r.us, r.limit_us, r.plan_us, r.bytes);
+                   "\"empty_us\": %.2f, \"bytes\": %zu}",
+                   i == 0 ? "" : ",", r.c.name.c_str(), r.c.format.c_str(), r.us, r.limit_us, r.plan_us, r.empty_us,
+                   r.bytes);
     }
     std::fprintf(out, "\n]}\n");
     std::fclose(out);

@@ -16,9 +16,12 @@ struct Divisor {
     multiplier =
         static_cast<std::uint32_t>((std::uint64_t{1} << 32) * ((std::uint64_t{1} << shift) - divisor) / divisor + 1);
   }
+  __device__ __forceinline__ std::uint32_t quotient(std::uint32_t n) const {
+    return (__umulhi(n, multiplier) + n) >> shift;
+  }
   // n / d, and what is left in n.
   __device__ __forceinline__ std::uint32_t divide(std::uint32_t& n) const {
-    const std::uint32_t q = (__umulhi(n, multiplier) + n) >> shift;
+    const std::uint32_t q = quotient(n);
     n -= q * divisor;
     return q;
   }

@@ -24,23 +24,30 @@ struct PlannedItem {
 
 struct HostPlan {
   std::vector<std::int64_t> starts{0};
-  std::vector<Place> places;
   std::vector<Chunk> chunks;
   std::vector<PlannedItem> items;
 };
 
-HostPlan plan_of(const PlanShape& shape, const std::vector<int>& keys, std::int64_t max_splits) {
+HostPlan plan_of(PlanShape shape, const std::vector<int>& keys, std::int64_t max_splits) {
   HostPlan plan;
+  shape.prepare();
   for (const int k : keys)
     plan.starts.push_back(plan.starts.back() + std::int64_t{shape.length(k)} * shape.units_per_entry);
   const auto keys_of = [&](std::int64_t entry) { return keys[static_cast<std::size_t>(entry)]; };
-  const Cut cut(shape, plan.starts.back());
+  const bool alike = std::ranges::all_of(keys, [&](int k) { return shape.length(k) == shape.length(keys[0]); });
+  const Cut cut(shape, plan.starts.back(), alike && !keys.empty() ? shape.length(keys[0]) : 0);
   const int chunks = shape.ctas * cut.per_cta;
-  for (int c = 0; c <= chunks; ++c) {
-    plan.places.push_back(place_at(shape, plan.starts.data(), cut.start(c), keys_of));
-  }
+  const auto place = [&](int c) { return place_at(shape, plan.starts.data(), cut.start(c), keys_of); };
   for (int c = 0; c < chunks; ++c) {
-    const Chunk& chunk = plan.chunks.emplace_back(chunk_at(plan.places.data(), chunks, c, cut.per_cta));
+    const CutPlace begin = place(c), end = place(c + 1);
+    const Chunk& chunk = plan.chunks.emplace_back(Chunk{
+        .begin = begin.place,
+        .end = end.place,
+        .first_chunk = static_cast<std::uint16_t>(first_chunk(cut, begin, c)),
+        .last_chunk = static_cast<std::uint16_t>(last_chunk(cut, end, c)),
+        .index = static_cast<std::uint16_t>(c),
+        .per_cta = static_cast<std::uint16_t>(cut.per_cta),
+    });
     for (Walk walk{chunk.begin}; walk.more(chunk);) {
       const int unit_keys = keys[walk.at.unit / static_cast<unsigned>(shape.units_per_entry)];
       plan.items.push_back({walk.next(shape, chunk, unit_keys, max_splits), c});
@@ -95,6 +102,7 @@ TEST(GpuDecodePlan, CoversEveryKeyOnce) {
     std::int64_t longest = r.pick<std::int64_t>({1, 100, 4000, 100'000, 1'000'000});
     if (shape.split_keys > 0) longest = std::min<std::int64_t>(longest, 20 * shape.split_keys);
     for (int& k : keys) k = static_cast<int>(r.chance(0.1) ? 0 : r.log_integer(1, longest));
+    if (r.chance(0.3)) std::fill(keys.begin(), keys.end(), keys[0]);
     check_plan(shape, keys);
     if (HasFatalFailure()) FAIL() << "seed " << seed;
   }
@@ -117,6 +125,24 @@ TEST(GpuDecodePlan, SharesAreEqual) {
     EXPECT_LE(static_cast<double>(g), share + 8 * shape.overhead + kMinPieceGranules);
     EXPECT_GE(static_cast<double>(g), share - 8 * shape.overhead - kMinPieceGranules);
   }
+}
+
+// Units of one length that nearly fill the CTAs are not split, if their shares are not to be stolen from.
+TEST(GpuDecodePlan, WholeUnitsAreNotSplit) {
+  for (const auto& [units, ctas] : {std::pair{128, 128}, {256, 128}, {263, 132}, {264, 132}, {500, 125}}) {
+    const PlanShape shape{.entries = units, .ctas = 132, .min_chunk = 16, .min_share = 1024, .overhead = 4};
+    const HostPlan plan = plan_of(shape, std::vector<int>(static_cast<std::size_t>(units), 3000), 1);
+    std::set<int> busy;
+    for (const auto& [item, chunk] : plan.items) {
+      EXPECT_EQ(item.num_splits, 1);
+      busy.insert(chunk);
+    }
+    EXPECT_EQ(static_cast<int>(busy.size()), ctas) << units;
+  }
+  // So few of them would leave many CTAs with nothing to do.
+  const PlanShape shape{.entries = 100, .ctas = 132, .min_chunk = 16, .min_share = 1024, .overhead = 4};
+  const HostPlan plan = plan_of(shape, std::vector<int>(100, 3000), 1);
+  EXPECT_TRUE(std::ranges::any_of(plan.items, [](const PlannedItem& p) { return p.item.num_splits > 1; }));
 }
 
 // What is visible to some query, in order and without gaps but for the one behind the global tokens.

@@ -402,3 +402,19 @@ def test_cascade(rng, format):
         )
         torch.testing.assert_close(out.cpu(), expected, rtol=3e-2, atol=3e-2)
         torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-2, atol=1e-2)
+
+
+# Offsets beyond 2^31 elements, and a row of a million keys.
+@pytest.mark.parametrize(("heads", "dim", "options"), [(1, 64, {}), (20, 128, {"window": (1023, 0)})], ids=str)
+def test_a_million_tokens(heads, dim, options):
+    tokens = 1 << 20
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    out = supported(heddle.attention, q, k, v, causal=True, **options)
+    for row in (0, 1, 127, 65_537, tokens - 1):
+        for head in {0, heads - 1}:
+            begin = max(0, row - 1023) if options else 0
+            keys, values = (x[0, begin : row + 1, head].double() for x in (k, v))
+            weights = torch.softmax(keys @ q[0, row, head].double() / dim**0.5, dim=0)
+            expected = weights @ values
+            assert (out[0, row, head] - expected).norm() < 0.01 * expected.norm()

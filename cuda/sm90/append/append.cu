@@ -18,6 +18,9 @@ bool aligned(const FloatRows& rows) {
          steps % access == 0;
 }
 
+// Of what may be 0, or more than anything that it divides.
+Divisor divisor(std::int64_t d) { return Divisor(std::clamp<std::int64_t>(d, 1, kAppendMaxRows)); }
+
 // Calls fn with the element type as a value of it.
 template <class Fn>
 void with_type(std::string_view argument, DType dtype, Fn&& fn) {
@@ -38,21 +41,26 @@ void launch_append(const AppendArgs& args) {
   const std::int64_t tasks = k.batch * k.tokens * k.heads;
   const std::int64_t threads = std::max(tasks * kWarp, args.batch);
   const std::int64_t blocks = (threads + kAppendThreads - 1) / kAppendThreads;
-  if (blocks > kAppendMaxBlocks) {
+  if (tasks > kAppendMaxRows) {
     throw Error(ErrorCode::kShape, "k",
-                std::to_string(tasks) + " rows; allowed on a device are at most " +
-                    std::to_string(kAppendMaxBlocks * kAppendWarps) + " in one call");
+                std::to_string(tasks) + " rows; allowed on a device are at most " + std::to_string(kAppendMaxRows) +
+                    " in one call");
   }
   if (args.batch == 0) return;
+  const AppendDivisors by{.heads = divisor(k.heads),
+                          .tokens = divisor(k.tokens),
+                          .page_size = divisor(args.page_size),
+                          .partition = divisor(args.partition),
+                          .page_partitions = args.partition > 0 ? args.page_size / args.partition : 0};
   const DeviceScope scope(args.device);
   with_type("k", k.dtype, [&](auto type) {
     using T = decltype(type);
     const dim3 grid(static_cast<unsigned>(blocks), 2);
     const auto stream = static_cast<cudaStream_t>(args.stream);
     if (aligned(k) && aligned(args.v)) {
-      append_kernel<T, kAppendVector><<<grid, kAppendThreads, 0, stream>>>(args);
+      append_kernel<T, kAppendVector><<<grid, kAppendThreads, 0, stream>>>(args, by);
     } else {
-      append_kernel<T, 1><<<grid, kAppendThreads, 0, stream>>>(args);
+      append_kernel<T, 1><<<grid, kAppendThreads, 0, stream>>>(args, by);
     }
   });
   check(cudaGetLastError(), "append");

@@ -28,6 +28,12 @@ struct alignas(N) Bytes {
   std::uint8_t elements[N];
 };
 
+// Divisors that the host knows, for rows and positions below 2^31, and the partitions of a page.
+struct AppendDivisors {
+  Divisor heads, tokens, page_size, partition;
+  std::int64_t page_partitions = 0;
+};
+
 // Where a token lies: request b, its i-th new one, at position `position` of the request; `count` are new in all.
 struct TokenPlace {
   std::int64_t batch = -1, index = 0, count = 0, position = 0;
@@ -47,31 +53,39 @@ __device__ __forceinline__ std::int64_t request_of(const std::int32_t* cu, std::
   return low;
 }
 
-__device__ __forceinline__ TokenPlace place_of(const AppendArgs& args, std::int64_t token, int lane) {
+__device__ __forceinline__ TokenPlace place_of(const AppendArgs& args, const AppendDivisors& by, std::uint32_t token,
+                                               int lane) {
   TokenPlace place;
   if (args.cu_seqlens == nullptr) {
-    place.batch = quotient(token, args.k.tokens);
-    place.index = token - place.batch * args.k.tokens;
+    place.batch = by.tokens.divide(token);
+    place.index = token;
     place.count = args.k.tokens;
   } else {
-    if (token >= args.cu_seqlens[args.batch]) return place;  // nobody's
+    if (std::int64_t{token} >= args.cu_seqlens[args.batch]) return place;  // nobody's
     place.batch = request_of(args.cu_seqlens, args.batch, token, lane);
-    place.index = token - args.cu_seqlens[place.batch];
+    place.index = std::int64_t{token} - args.cu_seqlens[place.batch];
     place.count = args.cu_seqlens[place.batch + 1] - args.cu_seqlens[place.batch];
   }
   place.position = args.start[place.batch] + place.index;
   return place;
 }
 
-// The cache's row of (page, head, slot) for a position, or -1 where there is no page for it.
-__device__ __forceinline__ std::int64_t cache_row(const AppendArgs& args, std::int64_t batch, std::int64_t position,
-                                                  std::int64_t head) {
-  if (position < 0) return -1;
-  const std::int64_t index = quotient(position, args.page_size);
-  if (index >= args.table_pages) return -1;
-  const std::int64_t page = args.block_table[batch * args.table_stride + index];
-  if (page < 0 || page >= args.num_pages) return -1;
-  return (page * args.k.heads + head) * args.page_size + position - index * args.page_size;
+// Where a position lies: a page as the table has it, -1 if it has none, and a slot of it.
+struct CachePlace {
+  std::int32_t page = -1;
+  std::uint32_t slot = 0;
+
+  __device__ __forceinline__ bool inside(const AppendArgs& args) const { return page >= 0 && page < args.num_pages; }
+};
+
+__device__ __forceinline__ CachePlace cache_place(const AppendArgs& args, const AppendDivisors& by, std::int64_t batch,
+                                                  std::int64_t position) {
+  CachePlace place;
+  if (position < 0 || position > INT32_MAX) return place;
+  place.slot = static_cast<std::uint32_t>(position);
+  const std::int64_t index = by.page_size.divide(place.slot);
+  if (index < args.table_pages) place.page = args.block_table[batch * args.table_stride + index];
+  return place;
 }
 
 template <class T, int N>
@@ -99,6 +113,7 @@ struct Row {
   template <class Fn>
   __device__ __forceinline__ void each(int lane, Fn&& fn) const {
     if (lane * N < dim) fn(std::int64_t{lane} * N, first);
+#pragma unroll 1
     for (std::int64_t d = (lane + kWarp) * N; d < dim; d += kWarp * N) fn(d, load<T, N>(data + d));
   }
 };
@@ -187,22 +202,24 @@ __device__ __forceinline__ float row_norm(const Row<T, N>& row, int lane) {
 
 // The keys of the partition in which this token is the first new one. Returns this lane's number of clamped values.
 template <class T, int N>
-__device__ __forceinline__ int append_partition(const AppendArgs& args, const TokenPlace& place, std::int64_t head,
-                                                const Row<T, N>& first, int lane) {
-  const std::int64_t unit = args.partition, dim = args.k.dim;
-  if (place.position < 0) return 0;
-  const std::int64_t held = place.position - quotient(place.position, unit) * unit;  // tokens that it holds already
-  if (place.index > 0 && held > 0) return 0;
-  const std::int64_t n = min(unit - held, place.count - place.index);
+__device__ __forceinline__ int append_partition(const AppendArgs& args, const AppendDivisors& by,
+                                                const TokenPlace& place, std::uint32_t head, const Row<T, N>& first,
+                                                int lane) {
+  const std::int64_t dim = args.k.dim;
   // A partition lies in one page.
-  const std::int64_t to = cache_row(args, place.batch, place.position, head);
-  if (to < 0) return 0;
+  const CachePlace cached = cache_place(args, by, place.batch, place.position);
+  if (!cached.inside(args)) return 0;
+  std::uint32_t held = cached.slot;  // tokens that it holds already
+  const std::uint32_t index = by.partition.divide(held);
+  if (place.index > 0 && held > 0) return 0;
+  const std::int64_t n = min(args.partition - held, place.count - place.index);
+  const std::int64_t part = cached.page * args.k.heads + head, to = part * args.page_size + cached.slot;
 
   const auto row = [&](std::int64_t i) { return Row<T, N>(first.data + i * args.k.token_stride, dim, lane); };
   std::uint32_t bits = row_max_abs(first, lane);
   for (std::int64_t i = 1; i < n; ++i) bits = max(bits, row_max_abs(row(i), lane));
   std::int8_t* const pages = static_cast<std::int8_t*>(args.k_pages);
-  float* const at = args.k_scale + quotient(to, unit);
+  float* const at = args.k_scale + part * by.page_partitions + index;
   float scale = __uint_as_float(bits) / kLargestInt8;
   if (held > 0) {
     const float before = *at;
@@ -224,45 +241,54 @@ __device__ __forceinline__ int append_partition(const AppendArgs& args, const To
   return clamped;
 }
 
+// A row of keys (blocks with y = 0) or values, by a warp.
 template <class T, int N>
-__global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_constant__ AppendArgs args) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const std::int64_t thread = std::int64_t{blockIdx.x} * kAppendThreads + threadIdx.x;
-  if (blockIdx.y == 0 && thread < args.batch) {
-    const std::int32_t count = args.cu_seqlens == nullptr ? static_cast<std::int32_t>(args.k.tokens)
-                                                          : args.cu_seqlens[thread + 1] - args.cu_seqlens[thread];
-    args.seq_lens[thread] = args.start[thread] + count;
-  }
+__device__ __forceinline__ void append_row(const AppendArgs& args, const AppendDivisors& by, std::int64_t task,
+                                           int lane) {
   const FloatRows& rows = blockIdx.y == 0 ? args.k : args.v;
-  const std::int64_t task = thread / kWarp;
   if (task >= rows.batch * rows.tokens * rows.heads) return;
-  const std::int64_t token = quotient(task, rows.heads), head = task - token * rows.heads;
+  auto head = static_cast<std::uint32_t>(task);
+  const std::uint32_t token = by.heads.divide(head);
   // What does not depend on the place comes first, so that all of it travels together.
   const bool packed = args.cu_seqlens != nullptr;
-  const std::int64_t batch = packed ? 0 : quotient(token, rows.tokens), in_batch = token - batch * rows.tokens;
+  std::uint32_t in_batch = token;
+  const std::uint32_t batch = packed ? 0 : by.tokens.divide(in_batch);
   const Row<T, N> row(static_cast<const T*>(rows.data) + batch * rows.batch_stride + in_batch * rows.token_stride +
                           head * rows.head_stride,
                       rows.dim, lane);
   const float* const scale_at = blockIdx.y == 1 ? args.v_scale : args.partition == 0 ? args.k_scale : nullptr;
   const float scale = scale_at != nullptr ? *scale_at : 0.0f;
-  const TokenPlace place = place_of(args, token, lane);
+  const TokenPlace place = place_of(args, by, token, lane);
   if (place.batch < 0) return;
 
   int clamped = 0;
   if (blockIdx.y == 0 && args.partition > 0) {
-    clamped = append_partition(args, place, head, row, lane);
+    clamped = append_partition(args, by, place, head, row, lane);
   } else {
-    const std::int64_t to = cache_row(args, place.batch, place.position, head);
-    if (to < 0) return;
+    const CachePlace cached = cache_place(args, by, place.batch, place.position);
+    const float norm = blockIdx.y == 1 ? row_norm(row, lane) : 0.0f;  // while the page's number is on its way
+    if (!cached.inside(args)) return;
+    const std::int64_t to = (cached.page * rows.heads + head) * args.page_size + cached.slot;
+    if (blockIdx.y == 1 && lane == 0) args.value_norms[to] = norm;
     clamped = store_row(row, args.dtype, scale, blockIdx.y == 0 ? args.k_pages : args.v_pages, to, lane);
-    if (blockIdx.y == 1) {
-      const float norm = row_norm(row, lane);
-      if (lane == 0) args.value_norms[to] = norm;
-    }
   }
   clamped = __reduce_add_sync(kAllLanes, clamped);
   if (clamped > 0 && lane == 0) {
     atomicAdd(reinterpret_cast<unsigned long long*>(args.saturated), static_cast<unsigned long long>(clamped));
+  }
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kAppendThreads, 4)
+    append_kernel(const __grid_constant__ AppendArgs args, const __grid_constant__ AppendDivisors by) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const std::int64_t thread = std::int64_t{blockIdx.x} * kAppendThreads + threadIdx.x;
+  append_row<T, N>(args, by, thread / kWarp, lane);
+  // Last, so that no row waits for this start, a trip to memory.
+  if (blockIdx.y == 0 && thread < args.batch) {
+    const std::int32_t count = args.cu_seqlens == nullptr ? static_cast<std::int32_t>(args.k.tokens)
+                                                          : args.cu_seqlens[thread + 1] - args.cu_seqlens[thread];
+    args.seq_lens[thread] = args.start[thread] + count;
   }
 }
 

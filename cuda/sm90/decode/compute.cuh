@@ -93,6 +93,8 @@ class Math {
   // Row 2t + i of step n, in the row tile.
   __device__ int row_of(int n, int i) const { return row_base_ + 8 * n + 2 * t() + i; }
 
+  __device__ int query_of(int row) const { return static_cast<int>(p_.by.group.quotient(static_cast<unsigned>(row))); }
+
   // -- the start of an item: its queries ------------------------------------------------------------------------------
 
   __device__ void start() {
@@ -104,7 +106,7 @@ class Math {
       for (int i = 0; i < 2; ++i) {
         max_[n][i] = -INFINITY;
         reference_[n][i] = sum_[n][i] = 0.0f;
-        position_[n][i] = first_position + (work_.row_tile * p_.rows_per_tile + row_of(n, i)) / p_.group;
+        position_[n][i] = first_position + query_of(work_.row_tile * p_.rows_per_tile + row_of(n, i));
       }
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
@@ -152,11 +154,11 @@ class Math {
     constexpr int kLoads = (kDim + 127) / 128;
 #pragma unroll 1
     for (int tile_row = warp_; tile_row < p_.unit_heads * p_.rows_per_tile; tile_row += kMathWarps) {
-      const int head_in_unit = tile_row / p_.rows_per_tile;
-      const int row = work_.row_tile * p_.rows_per_tile + tile_row % p_.rows_per_tile;
+      const int head_in_unit = tile_row >= p_.rows_per_tile;
+      const int row = work_.row_tile * p_.rows_per_tile + tile_row - head_in_unit * p_.rows_per_tile;
       const bool inside = row < p_.rows();
-      const int query = inside ? row / p_.group : 0;
-      const int head = (work_.head + head_in_unit) * p_.group + (inside ? row % p_.group : 0);
+      const int query = inside ? query_of(row) : 0;
+      const int head = (work_.head + head_in_unit) * p_.group + (inside ? row - query * p_.group : 0);
       const char* q = p_.q + work_.request * p_.q_stride.batch + query * p_.q_stride.seq + head * p_.q_stride.head;
       std::uint32_t pairs[kLoads][2];
 #pragma unroll
@@ -416,10 +418,10 @@ class Math {
     if constexpr (Format::kBytes == 2) {
       const int first = work_.kv_len - p_.num_queries;
       const int* keys = tile.keys + slice * kSliceKeys + 2 * t();
-      int query_of[kColumns];  // of row g of a step
+      int queries[kColumns];  // of row g of a step
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
-        query_of[n] = (work_.row_tile * p_.rows_per_tile + row_base_ + 8 * n + g()) / p_.group;
+        queries[n] = query_of(work_.row_tile * p_.rows_per_tile + row_base_ + 8 * n + g());
       }
 #pragma unroll 1
       for (int query = 0; query < p_.num_queries; ++query) {
@@ -433,7 +435,7 @@ class Math {
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) own[n][i] = query_of[n] == query ? p[n][i] : 0u;
+          for (int i = 0; i < 2; ++i) own[n][i] = queries[n] == query ? p[n][i] : 0u;
         }
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
@@ -482,8 +484,8 @@ class Math {
 
   // Four features of a row, and at the first of them the logarithm of the weights' sum.
   __device__ void write(const Rows& rows, int item_row, int feature, const Sum& all) const {
-    const int row = rows.first + rows.within(item_row), request = work_.request, query = row / p_.group;
-    const int head = (work_.head + rows.head_of(item_row)) * p_.group + row % p_.group;
+    const int row = rows.first + rows.within(item_row), request = work_.request, query = query_of(row);
+    const int head = (work_.head + rows.head_of(item_row)) * p_.group + row - query * p_.group;
     const float sink = p_.sinks != nullptr ? __ldg(p_.sinks + head) * kLog2E : -INFINITY;
     const float largest = fmaxf(all.max, sink), reference = largest == -INFINITY ? 0.0f : largest;
     const float correction = weight_of(all.max, reference);
@@ -601,11 +603,12 @@ class Math {
   __device__ void merge(const Rows& rows) const {
     constexpr int kPieces = kDim / 4;  // of a row
     const int thread = warp_ * 32 + lane_, pieces = p_.unit_heads * rows.of_head * kPieces;
-    int sharers = 1;
-    while (sharers < 8 && 2 * sharers * pieces <= kMathThreads) sharers *= 2;
-    const int stretch = (work_.item.num_splits + sharers - 1) / sharers, first = thread % sharers * stretch;
+    int shift = 0;  // log2 of how many share
+    while (shift < 3 && (2 * pieces << shift) <= kMathThreads) ++shift;
+    const int sharers = 1 << shift, sharer = thread & (sharers - 1), first_piece = thread >> shift;
+    const int stretch = (work_.item.num_splits + sharers - 1) >> shift, first = sharer * stretch;
 #pragma unroll 1
-    for (int piece = thread / sharers; piece - thread / sharers < pieces; piece += kMathThreads / sharers) {
+    for (int piece = first_piece; piece - first_piece < pieces; piece += kMathThreads >> shift) {
       const int row = min(piece, pieces - 1) / kPieces, feature = piece % kPieces * 4;
       Sum all = sum_splits(first, min(first + stretch, work_.item.num_splits), row, feature);
 #pragma unroll 1
@@ -618,7 +621,7 @@ class Math {
         all.max = largest;
         all.add(weight_of(theirs.max, largest), theirs.sum, theirs.x);
       }
-      if (thread % sharers == 0 && piece < pieces) write(rows, row, feature, all);
+      if (sharer == 0 && piece < pieces) write(rows, row, feature, all);
     }
   }
 
@@ -626,16 +629,21 @@ class Math {
   __device__ Sum sum_splits(int begin, int end, int row, int feature) const {
     constexpr int kStep = kColumns == 1 ? 12 : 4;
     Sum all{-INFINITY, 0.0f, {}};
+    // Rows of the next splits from the first one's on: slot_of with fewer instructions.
+    const bool fixed = p_.shape.split_keys > 0;
+    const std::int64_t at = slot_of(fixed, work_.item.slot, begin) * p_.partial_rows + row;
+    const float2* states = p_.partial_state + at;
+    const float* outs = p_.partial_out + at * kDim + feature;
+    const int stride = (fixed ? 1 : 2) * p_.partial_rows, skew = !fixed && begin == 0 ? p_.partial_rows : 0;
 #pragma unroll 1
     for (int first = begin; first < end; first += kStep) {
       float4 x[kStep];
       float2 state[kStep];
 #pragma unroll
       for (int u = 0; u < kStep; ++u) {
-        const int split = min(first + u, end - 1);
-        const std::int64_t at = slot_of(p_.shape.split_keys > 0, work_.item.slot, split) * p_.partial_rows + row;
-        state[u] = __ldcg(p_.partial_state + at);
-        x[u] = __ldcg(reinterpret_cast<const float4*>(p_.partial_out + at * kDim + feature));
+        const int n = min(first + u, end - 1) - begin, rows = n * stride - (n > 0 ? skew : 0);
+        state[u] = __ldcg(states + rows);
+        x[u] = __ldcg(reinterpret_cast<const float4*>(outs + std::int64_t{rows} * kDim));
       }
       float largest = all.max;
 #pragma unroll

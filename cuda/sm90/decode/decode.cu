@@ -66,16 +66,24 @@ Params params_of(const DecodeArgs& a) {
   // Two neighbouring heads of a page lie together in memory, which is then read in longer stretches. Not where a
   // request's bits must not depend on the batch.
   const bool paired = !listed && a.schedule.split_size == 0 && p.num_kv_heads % 2 == 0 && p.row_tiles == 1 &&
-                      p.row_groups <= 2 && a.batch * p.num_kv_heads / 2 >= decode::kMinPairs;
+                      p.rows() <= 8 && a.batch * p.num_kv_heads / 2 >= decode::kMinPairs;
   p.unit_heads = paired ? 2 : 1;
   p.partial_rows *= p.unit_heads;
   p.shape.units_per_entry = listed ? p.row_tiles : p.num_kv_heads / p.unit_heads * p.row_tiles;
+  p.by = {.page_size = Divisor(a.page_size),
+          .list_keys = Divisor(p.list_keys),
+          .units_per_entry = Divisor(p.shape.units_per_entry),
+          .row_tiles = Divisor(p.row_tiles),
+          .num_kv_heads = Divisor(p.num_kv_heads),
+          .group = Divisor(p.group),
+          .partition = Divisor(std::max<std::int64_t>(a.partition, 1))};
   p.shape.ctas = multiprocessors(a.device);
   const bool wide = a.cache_dtype == a.dtype;
   p.shape.overhead = (wide ? decode::kOverheadGranules : decode::kNarrowOverheadGranules) / p.unit_heads;
   p.shape.min_share = decode::kMinShareGranules / p.unit_heads;
   p.shape.split_keys = clamp(ceil_div(a.schedule.split_size, decode::kSplitKeys) * decode::kSplitKeys);
   if (p.shape.split_keys == 0) p.shape.min_chunk = (wide ? 1 : 4) * decode::kMinChunkGranules / p.unit_heads;
+  p.shape.prepare();
   p.stealing = a.schedule.kind == ScheduleKind::kAuto || a.schedule.kind == ScheduleKind::kStealing;
   const std::int64_t listed_keys = a.list_size * p.list_keys;
   if (p.shape.split_keys > 0) {
@@ -146,12 +154,11 @@ void set_data(const DecodeArgs& a, Params& p) {
   p.v_page_stride = in_units("pages of values", a.v_stride.page, a.num_pages);
   p.v_head_stride = in_units("heads of values", a.v_stride.head, 1);
   p.v_slot_stride = in_units("values", a.v_stride.slot, 1);
-  p.page_size = static_cast<std::uint32_t>(a.page_size);
   p.num_pages = static_cast<std::uint32_t>(a.num_pages);
   // Consecutive rows of a page that make up whole stretches of 256 bytes.
   const std::int64_t row = a.head_dim * static_cast<std::int64_t>(size_of(a.cache_dtype));
   const auto stretches = [&](const void* data, const DecodeArgs::PageStrides& s) {
-    return s.slot == row && (a.list == nullptr || a.lists_pages) &&
+    return s.slot == row && (a.list == nullptr || a.lists_pages || row % 256 == 0) &&
            (reinterpret_cast<std::uintptr_t>(data) | static_cast<std::uintptr_t>(s.page | s.head)) % 256 == 0 &&
            (a.page_size * row) % 256 == 0;
   };
@@ -227,11 +234,13 @@ void launch_decode_plan(const DecodeArgs& args) {
   if (empty(args)) return;
   const DeviceScope scope(args.device);
   Params params = params_of(args);
-  if (params.shape.chunks() > decode::kPlanChunks)
-    unsupported("device", "more multiprocessors than the plan is made for");
+  if (params.shape.ctas > decode::kMaxCtas) unsupported("device", "more multiprocessors than the plan is made for");
   set_data(args, params);
   lay_out(params, args.head_dim, args.workspace);
-  launch_early(decode::plan_kernel, 1, decode::kPlanThreads, 0, args.stream, "decode plan", params);
+  // One block alone where the sums lie in the workspace.
+  const unsigned blocks = params.shape.entries > decode::kPlanEntries ? 1 : decode::kPlanBlocks;
+  launch_early(decode::plan_kernel<decode::kPlanThreads>, blocks, decode::kPlanThreads, 0, args.stream, "decode plan",
+               params);
 }
 
 void launch_decode(const DecodeArgs& args) {

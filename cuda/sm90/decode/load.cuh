@@ -50,6 +50,14 @@ __device__ inline bool copies_by_thread(const Params& p) { return !p.whole_slice
 // What fills a stage: one arrival of each warp, for its bulk copies and other writes, beside the copies of its threads.
 __device__ inline int full_arrivals(const Params& p) { return (copies_by_thread(p) ? 33 : 1) * kLoadWarps; }
 
+__device__ inline Chunk load_chunk(const Chunk* from) {
+  Chunk chunk;
+  const int4* words = reinterpret_cast<const int4*>(from);
+  reinterpret_cast<int4*>(&chunk)[0] = __ldcg(words);
+  reinterpret_cast<int4*>(&chunk)[1] = __ldcg(words + 1);
+  return chunk;
+}
+
 // What a loading warp does: one or two slices of every tile, of one of the unit's heads.
 template <class Config>
 class Loader {
@@ -69,8 +77,8 @@ class Loader {
         queues_(p) {}
 
   // Tiles are issued one behind, so that the places of a tile's keys are on their way while the one before is issued.
-  __device__ void run() {
-    chunk_ = load_chunk(p_.own + blockIdx.x);
+  __device__ void run(const Chunk& first) {
+    chunk_ = first;
     most_in_flight_ = min(Config::kInFlight + (chunk_.per_cta > 1), Config::kStages);
     walk_.at = chunk_.begin;
     Tile pending;
@@ -99,14 +107,6 @@ class Loader {
     int key = kNoKey, page = -1;
     unsigned slot = 0;
   };
-
-  __device__ static Chunk load_chunk(const Chunk* from) {
-    Chunk chunk;
-    const int4* words = reinterpret_cast<const int4*>(from);
-    reinterpret_cast<int4*>(&chunk)[0] = __ldcg(words);
-    reinterpret_cast<int4*>(&chunk)[1] = __ldcg(words + 1);
-    return chunk;
-  }
 
   // The next tile. At the end of a chunk comes one that is none, so that what is pending does not wait for the next
   // chunk. False after the last one.
@@ -165,16 +165,16 @@ class Loader {
   __device__ void open(unsigned unit) {
     if (unit == unit_) return;
     unit_ = unit;
-    const auto per_entry = static_cast<unsigned>(p_.shape.units_per_entry);
-    const unsigned entry = unit / per_entry;
-    const int unit_in_entry = static_cast<int>(unit % per_entry);
-    row_tile_ = unit_in_entry % p_.row_tiles;
+    unsigned row_tile = unit;
+    const unsigned entry = p_.by.units_per_entry.divide(row_tile), pair = p_.by.row_tiles.divide(row_tile);
+    row_tile_ = static_cast<int>(row_tile);
     if (p_.list != nullptr) {
-      request_ = static_cast<int>(entry / static_cast<unsigned>(p_.num_kv_heads));
-      head_ = static_cast<int>(entry % static_cast<unsigned>(p_.num_kv_heads));
+      unsigned head = entry;
+      request_ = static_cast<int>(p_.by.num_kv_heads.divide(head));
+      head_ = static_cast<int>(head);
     } else {
       request_ = static_cast<int>(entry);
-      head_ = unit_in_entry / p_.row_tiles * p_.unit_heads;
+      head_ = static_cast<int>(pair) * p_.unit_heads;
     }
     if (entry == entry_) return;
     entry_ = entry;
@@ -193,7 +193,17 @@ class Loader {
     return p_.list + request * p_.list_batch_stride + head * p_.list_head_stride;
   }
 
-  __device__ Row look_up(const Tile& tile) const {
+  // Entry i of the tile's list. The one that the same row of the item's next tile needs is on its way since the tile
+  // before, so that finding a page is one trip to memory a tile, not two.
+  __device__ int listed(const Tile& tile, int at, int i) {
+    const std::int32_t* list = list_of(tile.request, tile.head);
+    const auto entry = [&](int key) { return __ldg(list + p_.by.list_keys.quotient(static_cast<unsigned>(key))); };
+    const int here = tile.begin == item_.begin ? entry(i) : next_entry_;
+    if (at + tile_keys_ < tile.keys) next_entry_ = entry(i + tile_keys_);
+    return here;
+  }
+
+  __device__ Row look_up(const Tile& tile) {
     Row row;
     const int at = first_row_ + lane_ % kWarpKeys, i = tile.begin + at;
     if (at >= tile.keys) return row;
@@ -201,17 +211,17 @@ class Loader {
     if (p_.list == nullptr) {
       key = visible_.key(i);
     } else if (p_.list_keys == 1) {
-      key = __ldg(list_of(tile.request, tile.head) + i);
+      key = listed(tile, at, i);
     } else {
-      const unsigned entry = static_cast<unsigned>(i) / p_.list_keys;
-      const auto page = static_cast<unsigned>(__ldg(list_of(tile.request, tile.head) + entry));
-      if (page > static_cast<unsigned>(kv_len_) / p_.list_keys) return row;  // it may be any number
+      const unsigned entry = p_.by.list_keys.quotient(static_cast<unsigned>(i));
+      const auto page = static_cast<unsigned>(listed(tile, at, i));
+      if (page > p_.by.list_keys.quotient(static_cast<unsigned>(kv_len_))) return row;  // it may be any number
       key = static_cast<int>((page - entry) * p_.list_keys) + i;
     }
     if (static_cast<unsigned>(key) >= static_cast<unsigned>(kv_len_)) return row;
-    const unsigned index = static_cast<unsigned>(key) / p_.page_size;
     row.key = key;
-    row.slot = static_cast<unsigned>(key) - index * p_.page_size;
+    row.slot = static_cast<unsigned>(key);
+    const unsigned index = p_.by.page_size.divide(row.slot);
     row.page = __ldg(p_.block_table + tile.request * p_.table_stride + index);
     return row;
   }
@@ -242,7 +252,7 @@ class Loader {
         const float* scale = p_.k_scale;
         if (inside) {
           scale += row.page * p_.k_scale_page_stride + (tile.head + head_in_unit_) * p_.k_scale_head_stride +
-                   row.slot / static_cast<unsigned>(p_.partition) * p_.k_scale_group_stride;
+                   p_.by.partition.quotient(row.slot) * p_.k_scale_group_stride;
         }
         copy4_async(shared_address(stage.k_scale + at), scale, inside ? 4 : 0);
       }
@@ -355,6 +365,7 @@ class Loader {
   Item item_;
   int begin_ = 0, work_ = 0, work_phase_ = 0;
   bool flushed_ = false;
+  int next_entry_ = 0;
 
   unsigned unit_ = kNoUnit, entry_ = kNoUnit;
   int row_tile_ = 0, head_ = 0, request_ = 0, kv_len_ = 0, keys_ = 0, all_see_from_ = 0, all_see_to_ = 0;

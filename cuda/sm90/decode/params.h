@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cuda.h>
 
+#include "cuda/common/index.cuh"
 #include "cuda/sm90/decode/plan.h"
 
 namespace heddle::cuda::decode {
@@ -28,7 +29,7 @@ struct Params {
   // Slices are copied whole: 16 keys lie in one page. Axes of the maps: a band, slot, bands, head, page.
   bool whole_slices = false;
   CUtensorMap k_map{}, v_map{};
-  std::uint32_t page_size = 1, num_pages = 0;
+  std::uint32_t num_pages = 0;
   const std::int32_t *seq_lens = nullptr, *block_table = nullptr;
   std::int64_t table_stride = 0;
   int max_kv_len = 0;
@@ -55,6 +56,10 @@ struct Params {
   int num_queries = 1, group = 1, num_kv_heads = 1;      // rows of a KV head: num_queries * group
   int row_groups = 1, rows_per_tile = 8, row_tiles = 1;  // rows of one KV head
   int unit_heads = 1;                                    // KV heads of a unit, 1 or 2
+  // Division takes a device as long as a few loads from shared memory, by what the host knows a fraction of that.
+  struct {
+    Divisor page_size, list_keys, units_per_entry, row_tiles, num_kv_heads, group, partition;
+  } by;
 
   // The workspace.
   PlanShape shape;

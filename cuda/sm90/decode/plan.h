@@ -17,6 +17,15 @@
 
 namespace heddle::cuda::decode {
 
+// For guesses.
+HEDDLE_HD float roughly(std::int64_t a, std::int64_t b, std::int64_t divisor) {
+#ifdef __CUDA_ARCH__
+  return static_cast<float>(a) * __fdividef(static_cast<float>(b), static_cast<float>(divisor));
+#else
+  return static_cast<float>(a) * (static_cast<float>(b) / static_cast<float>(divisor));
+#endif
+}
+
 inline constexpr int kGranuleKeys = 16;
 inline constexpr int kMinPieceGranules = 4;  // a cut closer than this to an end of a unit moves there
 inline constexpr int kUnbounded = 1 << 30;
@@ -26,6 +35,9 @@ inline constexpr int kUnbounded = 1 << 30;
 // shorter than min_chunk. Shares below min_share are one chunk: every end of an item costs, and few loads in flight
 // keep multiprocessors about equally fast.
 inline constexpr int kQueueChunks = 8;
+inline constexpr int kMaxIdleShare =
+    16;                               // at most one CTA of so many has nothing to do, so that shares are whole units
+inline constexpr int kMaxCtas = 255;  // see inverse_of
 
 // Which keys of a request some of its queries see: `globals` keys from global_first, then those from `first` to the
 // end. They begin and end at multiples of the granule, so a few that nobody sees are among them, and 16 consecutive
@@ -61,6 +73,12 @@ struct Mask {
   }
 };
 
+// 2^32 / n, rounded up, for n from 2 to kMaxCtas: x / n = x * inverse_of(n) / 2^32 if x is below 2^24.
+HEDDLE_HD std::uint32_t inverse_of(int n) { return 0xffffffffu / static_cast<std::uint32_t>(n) + 1; }
+HEDDLE_HD std::uint32_t times_inverse(std::uint32_t x, std::uint32_t inverse) {
+  return static_cast<std::uint32_t>(std::uint64_t{x} * inverse >> 32);
+}
+
 // Units are numbered entry by entry. Entries are requests, or (request, KV head) where every KV head has its own keys.
 struct PlanShape {
   std::int64_t entries = 0;
@@ -70,7 +88,17 @@ struct PlanShape {
   int min_share = 1;   // of a CTA, in granules, to be cut into chunks
   int overhead = 0;    // what starting a unit costs, in granules
   int split_keys = 0;  // > 0: every split of a unit has this many keys, a multiple of a tile
+  // Set by prepare().
+  std::uint32_t inverse = 0;            // of ctas, see inverse_of
+  int whole_units = 0, whole_ctas = 0;  // units a CTA and CTAs, where whole units leave few with nothing to do; or 0
 
+  // What the device would divide for.
+  void prepare() {
+    inverse = inverse_of(ctas);
+    const std::int64_t units = entries * units_per_entry, whole = (units + ctas - 1) / ctas;
+    whole_units = whole * ctas - units <= whole * ctas / kMaxIdleShare ? static_cast<int>(whole) : 0;
+    whole_ctas = whole_units > 0 ? static_cast<int>((units + whole - 1) / whole) : 0;
+  }
   HEDDLE_HD int chunks() const { return ctas * kQueueChunks; }
   HEDDLE_HD int granule() const { return split_keys > 0 ? split_keys : kGranuleKeys; }
   HEDDLE_HD int granules(int keys) const { return (keys + granule() - 1) / granule(); }
@@ -88,6 +116,13 @@ struct Place {
   HEDDLE_HD std::uint64_t order() const { return std::uint64_t{unit} << 32 | key; }
 };
 
+// Where a cut falls. Inside a unit (key > 0), which cuts fall into it follows from where they are on the line: those
+// behind first_from up to last_to. So a chunk finds the others of its units without looking at their places.
+struct CutPlace {
+  Place place;
+  std::int64_t first_from = 0, last_to = 0;
+};
+
 // 32 bytes. first_chunk: where the unit at `begin` starts; last_chunk: where the unit at `end` ends (both this chunk if
 // `begin` or `end` lies at the start of a unit).
 struct Chunk {
@@ -102,37 +137,70 @@ static_assert(sizeof(Chunk) == 32);
 // How a line of `total` granules is cut: `ctas` shares, each at least a piece, of `per_cta` chunks each.
 struct Cut {
   std::int64_t total = 0, share = 0;
-  std::uint32_t rest = 0;  // total = share * ctas + rest
+  std::uint32_t rest = 0;  // total = share * ctas + rest, unless shares are whole units
+  std::uint32_t inverse = 0;
   int ctas = 1, per_cta = 1;
 
-  HEDDLE_HD Cut(const PlanShape& shape, std::int64_t total_) : total(total_) {
+  // unit_length: of every unit, if they all have the same, or 0.
+  HEDDLE_HD Cut(const PlanShape& shape, std::int64_t total_, int unit_length)
+      : total(total_), inverse(shape.inverse), ctas(shape.ctas) {
     const std::int64_t pieces = shape.split_keys > 0 ? total : total / kMinPieceGranules;
-    ctas = pieces < 1 ? 1 : pieces < shape.ctas ? static_cast<int>(pieces) : shape.ctas;
-    // Mostly 32 bits are enough, and a device divides by them in a fraction of the time.
-    const auto n = static_cast<std::uint32_t>(ctas);
-    share = total >> 32 == 0 ? static_cast<std::uint32_t>(total) / n : total / n;
-    rest = static_cast<std::uint32_t>(total - share * n);
-    if (shape.split_keys > 0 || share < shape.min_share) return;
-    per_cta = 2;
-    while (per_cta < kQueueChunks && share >> (per_cta + 1) >= shape.min_chunk) ++per_cta;
+    if (pieces < ctas) {
+      ctas = pieces < 1 ? 1 : static_cast<int>(pieces);
+      inverse = inverse_of(ctas);
+    }
+    share = ctas > 1 && total >> 24 == 0 ? times_inverse(static_cast<std::uint32_t>(total), inverse) : total / ctas;
+    rest = static_cast<std::uint32_t>(total - share * ctas);
+    if (shape.split_keys > 0) return;
+    if (share >= shape.min_share) {
+      per_cta = 2;
+      while (per_cta < kQueueChunks && share >> (per_cta + 1) >= shape.min_chunk) ++per_cta;
+    } else if (unit_length > 0 && shape.whole_units > 0 && ctas == shape.ctas) {
+      // So that no unit has splits to merge.
+      ctas = shape.whole_ctas;
+      share = std::int64_t{shape.whole_units} * unit_length;
+      rest = 0;
+    }
   }
 
   // Where a chunk begins on the line. Chunks beyond the line are empty.
   HEDDLE_HD std::int64_t start(int chunk) const {
+    if (per_cta == 1) return start(chunk, 0);
     const auto n = static_cast<std::uint32_t>(per_cta), c = static_cast<std::uint32_t>(chunk);
-    const std::uint32_t cta = c / n, at = c % n;
-    if (cta >= static_cast<std::uint32_t>(ctas)) return total;
-    const std::uint32_t before = 256 * cta + (at == 0 ? 0 : 256 - (128 >> at));  // of the shares, in 256ths
-    return (share * before + rest * before / static_cast<std::uint32_t>(ctas)) / 256;
+    const std::uint32_t cta = c / n;
+    return start(static_cast<int>(cta), static_cast<int>(c - cta * n));
+  }
+  // Of a CTA's chunk `at`.
+  HEDDLE_HD std::int64_t start(int cta, int at) const {
+    if (cta >= ctas) return total;
+    const std::uint32_t before =
+        static_cast<std::uint32_t>(256 * cta + (at == 0 ? 0 : 256 - (128 >> at)));  // in 256ths
+    return (share * before + times_inverse(rest * before, inverse)) / 256;          // rest * before is below 2^24
+  }
+  // The last chunk that begins at or before x, which lies on the line.
+  HEDDLE_HD int holding(std::int64_t x) const {
+    int cta = static_cast<int>(roughly(x, ctas, total)), at = 0;
+    cta = cta < ctas ? cta : ctas - 1;
+    while (cta > 0 && start(cta, 0) > x) --cta;
+    while (cta + 1 < ctas && start(cta + 1, 0) <= x) ++cta;
+    while (at + 1 < per_cta && start(cta, at + 1) <= x) ++at;
+    return cta * per_cta + at;
   }
 };
 
 // The place at x on the line. starts[e]: where entry e starts, starts[entries] the total; keys_of(e): its keys.
 template <class KeysOf>
-HEDDLE_HD Place place_at(const PlanShape& shape, const std::int64_t* starts, std::int64_t x, KeysOf keys_of) {
+HEDDLE_HD CutPlace place_at(const PlanShape& shape, const std::int64_t* starts, std::int64_t x, KeysOf keys_of) {
   const auto units = static_cast<std::uint32_t>(shape.units_per_entry);
   std::int64_t low = 0, high = shape.entries;  // the entry with starts[entry] <= x < starts[entry + 1]
-  if (x >= starts[high]) return {static_cast<std::uint32_t>(high) * units, 0};
+  const std::int64_t total = starts[high];
+  if (x >= total) return {{static_cast<std::uint32_t>(high) * units, 0}};
+  // Near the truth where lengths are alike.
+  const auto guess = static_cast<std::int64_t>(roughly(x, high, total));
+  if (guess < high) {
+    (starts[guess] <= x ? low : high) = guess;
+    if (low == guess && starts[guess + 1] > x) high = guess + 1;
+  }
   while (high - low > 1) {
     const std::int64_t middle = (low + high) / 2;
     (starts[middle] <= x ? low : high) = middle;
@@ -143,34 +211,17 @@ HEDDLE_HD Place place_at(const PlanShape& shape, const std::int64_t* starts, std
   const std::uint32_t unit = static_cast<std::uint32_t>(low) * units + index;
   const int at = static_cast<int>(within - index * static_cast<std::uint32_t>(length)),
             piece = shape.split_keys > 0 ? 1 : kMinPieceGranules;
-  if (at < piece) return {unit, 0};
-  if (granules - at < piece) return {unit + 1, 0};
-  return {unit, static_cast<std::uint32_t>(at * shape.granule())};
+  if (at < piece) return {{unit, 0}};
+  if (granules - at < piece) return {{unit + 1, 0}};
+  return {{unit, static_cast<std::uint32_t>(at * shape.granule())}, x - at + piece - 1, x - at + granules - piece};
 }
 
-// The last of `count` sorted places that is not after `order`.
-HEDDLE_HD int last_not_after(const Place* places, int count, std::uint64_t order) {
-  int low = 0, high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (places[middle].order() <= order ? low : high) = middle;
-  }
-  return low;
+// The first chunk of the unit that a cut falls into, and the last; `chunk` where it falls between units.
+HEDDLE_HD int first_chunk(const Cut& cut, const CutPlace& at, int chunk) {
+  return at.place.key > 0 ? cut.holding(at.first_from) : chunk;
 }
-
-// Chunk c, from the places where all `chunks` begin and the end of the line.
-HEDDLE_HD Chunk chunk_at(const Place* places, int chunks, int chunk, int per_cta) {
-  Chunk c;
-  c.begin = places[chunk];
-  c.end = places[chunk + 1];
-  const auto holds = [&](std::uint64_t order) {
-    return static_cast<std::uint16_t>(last_not_after(places, chunks, order));
-  };
-  c.index = static_cast<std::uint16_t>(chunk);
-  c.per_cta = static_cast<std::uint16_t>(per_cta);
-  c.first_chunk = c.begin.key > 0 ? holds(Place{c.begin.unit, 0}.order()) : c.index;
-  c.last_chunk = c.end.key > 0 ? holds(Place{c.end.unit + 1, 0}.order() - 1) : c.index;
-  return c;
+HEDDLE_HD int last_chunk(const Cut& cut, const CutPlace& at, int chunk) {
+  return at.place.key > 0 ? cut.holding(at.last_to) : chunk;
 }
 
 // One item: keys [begin, end) of a unit, split `split` of `num_splits`. Partial results of its unit lie in slots
