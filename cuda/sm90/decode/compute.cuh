@@ -625,7 +625,7 @@ class Math {
     }
   }
 
-  // Splits beyond the last repeat one with no weight, so that all loads of a step are in flight together.
+  // All loads of a step are in flight together; splits beyond the last have no weight.
   __device__ Sum sum_splits(int begin, int end, int row, int feature) const {
     constexpr int kStep = kColumns == 1 ? 12 : 4;
     Sum all{-INFINITY, 0.0f, {}};
@@ -641,9 +641,13 @@ class Math {
       float2 state[kStep];
 #pragma unroll
       for (int u = 0; u < kStep; ++u) {
-        const int n = min(first + u, end - 1) - begin, rows = n * stride - (n > 0 ? skew : 0);
-        state[u] = __ldcg(states + rows);
-        x[u] = __ldcg(reinterpret_cast<const float4*>(outs + std::int64_t{rows} * kDim));
+        const int n = first + u - begin, rows = n * stride - (n > 0 ? skew : 0);
+        state[u] = make_float2(-INFINITY, 0.0f);
+        x[u] = {};
+        if (first + u < end) {
+          state[u] = __ldcg(states + rows);
+          x[u] = __ldcg(reinterpret_cast<const float4*>(outs + std::int64_t{rows} * kDim));
+        }
       }
       float largest = all.max;
 #pragma unroll
@@ -652,7 +656,7 @@ class Math {
       all.max = largest;
 #pragma unroll
       for (int u = 0; u < kStep; ++u) {
-        if (first + u < end) all.add(weight_of(state[u].x, largest), state[u].y, x[u]);
+        all.add(weight_of(state[u].x, largest), state[u].y, x[u]);
       }
     }
     return all;

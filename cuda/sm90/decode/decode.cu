@@ -158,7 +158,7 @@ void set_data(const DecodeArgs& a, Params& p) {
   // Consecutive rows of a page that make up whole stretches of 256 bytes.
   const std::int64_t row = a.head_dim * static_cast<std::int64_t>(size_of(a.cache_dtype));
   const auto stretches = [&](const void* data, const DecodeArgs::PageStrides& s) {
-    return s.slot == row && (a.list == nullptr || a.lists_pages || row % 256 == 0) &&
+    return s.slot == row && (a.list == nullptr || a.lists_pages) &&
            (reinterpret_cast<std::uintptr_t>(data) | static_cast<std::uintptr_t>(s.page | s.head)) % 256 == 0 &&
            (a.page_size * row) % 256 == 0;
   };

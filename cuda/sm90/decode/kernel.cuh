@@ -21,10 +21,6 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<typename Config::Shared*>(memory);
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);
-  launch_dependents();  // the next layer's CTAs start as this one's end
-  wait_for_predecessors();
-  Chunk first;  // on its way while barriers are made
-  if (warp < kLoadWarps) first = load_chunk(params.own + blockIdx.x);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
       shared.full[stage].init(full_arrivals(params));
@@ -41,9 +37,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
     }
   }
   __syncthreads();
+  wait_for_predecessors();
   if (warp < kLoadWarps) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoadRegisters));
-    Loader<Config>(params, shared, warp).run(first);
+    Loader<Config>(params, shared, warp).run();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
     Math<Config>(params, shared, warp - kLoadWarps).run();

@@ -50,14 +50,6 @@ __device__ inline bool copies_by_thread(const Params& p) { return !p.whole_slice
 // What fills a stage: one arrival of each warp, for its bulk copies and other writes, beside the copies of its threads.
 __device__ inline int full_arrivals(const Params& p) { return (copies_by_thread(p) ? 33 : 1) * kLoadWarps; }
 
-__device__ inline Chunk load_chunk(const Chunk* from) {
-  Chunk chunk;
-  const int4* words = reinterpret_cast<const int4*>(from);
-  reinterpret_cast<int4*>(&chunk)[0] = __ldcg(words);
-  reinterpret_cast<int4*>(&chunk)[1] = __ldcg(words + 1);
-  return chunk;
-}
-
 // What a loading warp does: one or two slices of every tile, of one of the unit's heads.
 template <class Config>
 class Loader {
@@ -77,8 +69,8 @@ class Loader {
         queues_(p) {}
 
   // Tiles are issued one behind, so that the places of a tile's keys are on their way while the one before is issued.
-  __device__ void run(const Chunk& first) {
-    chunk_ = first;
+  __device__ void run() {
+    chunk_ = load_chunk(p_.own + blockIdx.x);
     most_in_flight_ = min(Config::kInFlight + (chunk_.per_cta > 1), Config::kStages);
     walk_.at = chunk_.begin;
     Tile pending;
@@ -107,6 +99,14 @@ class Loader {
     int key = kNoKey, page = -1;
     unsigned slot = 0;
   };
+
+  __device__ static Chunk load_chunk(const Chunk* from) {
+    Chunk chunk;
+    const int4* words = reinterpret_cast<const int4*>(from);
+    reinterpret_cast<int4*>(&chunk)[0] = __ldcg(words);
+    reinterpret_cast<int4*>(&chunk)[1] = __ldcg(words + 1);
+    return chunk;
+  }
 
   // The next tile. At the end of a chunk comes one that is none, so that what is pending does not wait for the next
   // chunk. False after the last one.
