@@ -79,9 +79,9 @@ class TileWalk {
                               : (begin >= unmasked_.begin && end <= unmasked_.end) || end <= unmasked_global_;
     const int tile = upcoming_;
     step();
-    const int seen = static_cast<int>(__ballot_sync(kFullWarp, begin < sees_until_)) * TileNote::kSeen;
+    const unsigned seen = __ballot_sync(kFullWarp, begin < sees_until_) * TileNote::kSeen & TileNote::kSeenByAll;
     return {tile << TileNote::kShift | flags_ | (unmasked ? 0 : TileNote::kMasked) |
-            (upcoming_ < 0 ? kForAll : seen & TileNote::kSeenByAll)};
+            (upcoming_ < 0 ? kForAll : static_cast<int>(seen))};
   }
 
  private:
