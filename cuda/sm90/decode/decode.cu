@@ -239,8 +239,7 @@ void launch_decode_plan(const DecodeArgs& args) {
   lay_out(params, args.head_dim, args.workspace);
   // One block alone where the sums lie in the workspace.
   const unsigned blocks = params.shape.entries > decode::kPlanEntries ? 1 : decode::kPlanBlocks;
-  launch_early(decode::plan_kernel<decode::kPlanThreads>, blocks, decode::kPlanThreads, 0, args.stream, "decode plan",
-               params);
+  launch_early(decode::plan_kernel, blocks, decode::kPlanThreads, 0, args.stream, "decode plan", params);
 }
 
 void launch_decode(const DecodeArgs& args) {

@@ -33,9 +33,8 @@ __device__ inline int list_length(const Params& p, std::int64_t entry) {
   return low;
 }
 
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ Params p) {
-  constexpr int kWarps = kThreads / 32;
+__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ Params p) {
+  constexpr int kWarps = kPlanThreads / 32;
   __shared__ std::int64_t near_starts[kPlanEntries + 1], warp_sums[2][kWarps];
   __shared__ std::int32_t near_keys[kPlanEntries], unit_length;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -52,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
   std::int64_t total = 0;
   int shortest = kUnbounded, longest = 0, turn = 0;
 #pragma unroll 1
-  for (std::int64_t first = 0; first < entries; first += kThreads, turn ^= 1) {
+  for (std::int64_t first = 0; first < entries; first += kPlanThreads, turn ^= 1) {
     const std::int64_t entry = first + threadIdx.x;
     std::uint32_t length = 0;
     if (entry < entries) {
@@ -85,13 +84,15 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
     if (entry < entries) starts[entry] = total + (before + sum - length) * p.shape.units_per_entry;
     total += all * p.shape.units_per_entry;
   }
-  if (threadIdx.x == 0) starts[entries] = total;
-  if (threadIdx.x == 0) unit_length = longest;
+  if (threadIdx.x == 0) {
+    starts[entries] = total;
+    unit_length = longest;
+  }
   const bool alike = longest == 0 || (shortest == longest && longest * std::int64_t{p.units()} == total);
   const bool all_alike = __syncthreads_and(alike) != 0;
 
-  const int first = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
-  const int threads = static_cast<int>(gridDim.x) * kThreads;
+  const int first = static_cast<int>(blockIdx.x) * kPlanThreads + static_cast<int>(threadIdx.x);
+  const int threads = static_cast<int>(gridDim.x) * kPlanThreads;
   // From the last block on: the first has chunks to make.
 #pragma unroll 1
   for (int i = threads - 1 - first; i < p.units(); i += threads) p.arrived[i] = 0;

@@ -35,8 +35,8 @@ inline constexpr int kUnbounded = 1 << 30;
 // shorter than min_chunk. Shares below min_share are one chunk: every end of an item costs, and few loads in flight
 // keep multiprocessors about equally fast.
 inline constexpr int kQueueChunks = 8;
-inline constexpr int kMaxIdleShare =
-    16;                               // at most one CTA of so many has nothing to do, so that shares are whole units
+// Shares are whole units if that leaves at most one CTA of so many with nothing to do.
+inline constexpr int kMaxIdleShare = 16;
 inline constexpr int kMaxCtas = 255;  // see inverse_of
 
 // Which keys of a request some of its queries see: `globals` keys from global_first, then those from `first` to the

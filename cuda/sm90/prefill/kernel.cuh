@@ -37,7 +37,7 @@ struct alignas(1024) PrefillShared {
   PrefillItem item[kItemSlots];
   Barrier note_full[kNoteSlots], note_empty[kNoteSlots];
   int item_valid[kItemSlots];   // 0: the end
-  int note[kNoteSlots];         // from the planner to the loader
+  int note[kNoteSlots];         // from the planner to the loaders of keys and of values
   int k_note[Config::kStages];  // of the key tiles that lie in k
 };
 
@@ -107,28 +107,25 @@ class PrefillLoader {
       release_item();
     }
   }
-  __device__ __forceinline__ void load_keys() {
-    while (const PrefillItem* item = next_item()) {
-      TileNote note{0};
-      do {
-        note = next_note();
-        load_k(*item, note);
-      } while (!note.last());
-      release_item();
-    }
-  }
-  __device__ __forceinline__ void load_values() {
-    while (const PrefillItem* item = next_item()) {
-      TileNote note{0};
-      do {
-        note = next_note();
-        load_v(*item, note.tile());
-      } while (!note.last());
-      release_item();
-    }
-  }
+  __device__ __forceinline__ void load_keys() { load_tiles<true>(); }
+  __device__ __forceinline__ void load_values() { load_tiles<false>(); }
 
  private:
+  template <bool kOfKeys>
+  __device__ __forceinline__ void load_tiles() {
+    while (const PrefillItem* item = next_item()) {
+      TileNote note{0};
+      do {
+        note = next_note();
+        if constexpr (kOfKeys) {
+          load_k(*item, note);
+        } else {
+          load_v(*item, note.tile());
+        }
+      } while (!note.last());
+      release_item();
+    }
+  }
   // Null after the last.
   __device__ __forceinline__ const PrefillItem* next_item() {
     shared_.item_full[slot_.stage()].wait(slot_.parity());
@@ -642,7 +639,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) prefill_kernel(const __gr
     prefetch_tensor_map(params.k_map);
     prefetch_tensor_map(params.v_map);
     if (params.queries_per_store > 0) prefetch_tensor_map(params.out_map);
-    constexpr int kWarps = 4 * Config::kWarpgroups;
+    constexpr int kWarps = 4 * Config::kWarpgroups, kLoaders = 3, kTileLoaders = 2;
     for (int stage = 0; stage < Config::kQStages; ++stage) {
       shared.q_full[stage].init(1);
       shared.q_empty[stage].init(kWarps);
@@ -655,11 +652,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) prefill_kernel(const __gr
     }
     for (int slot = 0; slot < kItemSlots; ++slot) {
       shared.item_full[slot].init(1);
-      shared.item_empty[slot].init(kWarps + 3);
+      shared.item_empty[slot].init(kWarps + kLoaders);
     }
     for (int slot = 0; slot < kNoteSlots; ++slot) {
       shared.note_full[slot].init(1);
-      shared.note_empty[slot].init(2);
+      shared.note_empty[slot].init(kTileLoaders);
     }
     fence_barrier_init();
   }
