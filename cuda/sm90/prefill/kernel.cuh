@@ -56,7 +56,7 @@ class PrefillPlanner {
       shared_.item_empty[slot_.stage()].wait(slot_.parity() ^ 1);
       if (lane() == 0) shared_.item[slot_.stage()] = queue.item(index);
       __syncwarp();
-      TileWalk<Config::kKeys, Config::kWarpgroups> walk(params_, shared_.item[slot_.stage()]);
+      TileWalk<Config::kKeys, Config::kWarpgroups, Config::kTwoSets> walk(params_, shared_.item[slot_.stage()]);
       announce(true);
       TileNote note{0};
       do {
@@ -274,8 +274,8 @@ class PrefillConsumer {
     pin(s);
     release_scores(note);
     const bool behind = note.seen_behind_by(warpgroup_);
-    prepare(note, seen, s, behind);
-    state.template start<T>(s, params_.scale_log2, p, behind);
+    prepare_first(note, seen, s, state, behind);
+    state.template start<T, !Config::kTwoSets>(s, params_.scale_log2, p, behind);
     await_keys(note);
     if constexpr (Config::kTwoSets) {
       std::uint32_t other[kKeys / 4];
@@ -408,24 +408,33 @@ class PrefillConsumer {
     SeenBits<kKeys / 4> seen;
     if (note.masked()) {
       const int queries[2] = {query_of(item, row()), query_of(item, row() + 8)};
-      Visibility visibility(params_.pattern, item.q_len, item.kv_len);
-      if (Config::kGeneral && params_.pattern.kind == PatternKind::kBlockMask) {
-        visibility.set_mask(item.request, item.q_head);
+      const int key = note.tile() * kKeys + accumulator_column(thread());
+      if constexpr (Config::kGeneral) {
+        Visibility visibility(params_.pattern, item.q_len, item.kv_len);
+        if (params_.pattern.kind == PatternKind::kBlockMask) visibility.set_mask(item.request, item.q_head);
+        seen.set(visibility, queries, key);
+      } else {
+        seen.set(item, note, params_.pattern.num_global, queries, key);
       }
-      seen.template set<Config::kGeneral>(visibility, queries, note.tile() * kKeys + accumulator_column(thread()));
     }
     seen.pin();
     return seen;
   }
-  // Softcap and masks. !behind: the second half is not needed.
-  __device__ __forceinline__ void prepare(TileNote note, const SeenBits<kKeys / 4>& seen, float (&s)[kKeys / 2],
-                                          bool behind = true) const {
-    if (note.special()) {
-      if constexpr (Config::kGeneral) map_scores(s, params_.score_map, params_.map_factor);
-      if (!note.masked()) return;
-      seen.template apply<0, kKeys / 8>(s);
-      if (behind) seen.template apply<kKeys / 8, kKeys / 4>(s);
-    }
+  // Softcap and masks.
+  __device__ __forceinline__ void prepare(TileNote note, const SeenBits<kKeys / 4>& seen, float (&s)[kKeys / 2]) const {
+    if (!note.special()) return;
+    if constexpr (Config::kGeneral) map_scores(s, params_.score_map, params_.map_factor);
+    if (note.masked()) seen.template apply<0, kKeys / 4>(s);
+  }
+  // The same of a row tile's first KV tile. !behind: the second half is not needed.
+  __device__ __forceinline__ void prepare_first(TileNote note, const SeenBits<kKeys / 4>& seen, float (&s)[kKeys / 2],
+                                                RowState& state, bool behind) const {
+    if (!note.special()) return;
+    if constexpr (Config::kGeneral) map_scores(s, params_.score_map, params_.map_factor);
+    if (!note.masked()) return;
+    if constexpr (!Config::kTwoSets) state.look_ahead(s);
+    seen.template apply<0, kKeys / 8>(s);
+    if (behind) seen.template apply<kKeys / 8, kKeys / 4>(s);
   }
   __device__ __forceinline__ void rescale(float (&o)[kDimV / 2], const float (&decay)[2]) const {
 #pragma unroll
@@ -434,9 +443,8 @@ class PrefillConsumer {
 
   // Values behind the last key are multiplied by probabilities of 0, which is not enough if they are not numbers.
   __device__ __forceinline__ void clear_behind(const PrefillItem& item, TileNote note) {
-    if (!note.masked()) return;
-    const int keys = item.kv_len - note.tile() * kKeys;
-    if (keys >= kKeys) return;
+    if (!note.ragged()) return;
+    const int keys = max(item.kv_len - note.tile() * kKeys, 0);
     constexpr int kWords = kChunkRowBytes / 16;
     for (int i = keys * kWords + thread(); i < kKeys * kWords; i += 128) {
 #pragma unroll

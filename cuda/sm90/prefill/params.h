@@ -65,6 +65,9 @@ struct PrefillItem {
   int q_len, kv_len;     // of the request
   int q_first, k_first;  // where its rows begin in a packed batch
   int q_page;            // the page of q, out, and of contiguous keys
+  // Where what a query sees are intervals: query i sees the keys from i + sees_from up to i + sees_until, and of the
+  // global ones those from i + allowed_from up to i + allowed_until.
+  int sees_from, sees_until, allowed_from, allowed_until;
 };
 
 }  // namespace heddle::cuda

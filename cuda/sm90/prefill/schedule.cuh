@@ -71,6 +71,12 @@ class ItemQueue {
       item.request = item.q_page = head / heads;
       if (params_.seq_lens != nullptr) item.kv_len = __ldg(params_.seq_lens + item.request);
     }
+    const Pattern& pattern = params_.pattern;
+    const int offset = item.kv_len - item.q_len;
+    item.allowed_from = offset - pattern.left;
+    item.allowed_until = offset + 1 + (pattern.causal ? 0 : pattern.right);
+    item.sees_from = max(item.allowed_from, offset - pattern.select_left);
+    item.sees_until = min(item.allowed_until, offset + 1 + pattern.select_right);
     return item;
   }
 

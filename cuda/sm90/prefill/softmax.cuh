@@ -8,6 +8,7 @@
 #include "cuda/common/visibility.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/sm90/prefill/params.h"
+#include "cuda/sm90/prefill/worklist.cuh"
 
 namespace heddle::cuda {
 
@@ -33,34 +34,20 @@ __device__ __forceinline__ void map_scores(float (&s)[N], ScoreMap map, float fa
 // Which of its kColumns columns of a row a thread keeps, one bit each. Its columns are 0, 1, 8, 9, 16, 17, ... of what
 // is counted from its first.
 template <int kColumns>
-class ColumnBits {
- public:
+struct ColumnBits {
+  static_assert(kColumns <= 32);
+  std::uint32_t bits = 0;
+
   // Of `begin` up to `end`.
-  __device__ __forceinline__ void add(int begin, int end) {
-    const int from = before(begin), to = before(end);
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) words_[word] |= low_bits(to - 32 * word) & ~low_bits(from - 32 * word);
-  }
-  __device__ __forceinline__ void keep(const ColumnBits& other) {
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) words_[word] &= other.words_[word];
-  }
-  __device__ __forceinline__ void pin() { cuda::pin(words_); }
-  __device__ __forceinline__ bool operator[](int i) const { return (words_[i / 32] >> i % 32 & 1) != 0; }
+  __device__ __forceinline__ void add(int begin, int end) { bits |= before(end) & ~before(begin); }
+  __device__ __forceinline__ void keep_before(int column) { bits &= before(column); }
+  __device__ __forceinline__ void keep_from(int column) { bits &= ~before(column); }
 
  private:
-  static constexpr int kWords = (kColumns + 31) / 32;
-
-  // How many of the thread's columns lie before `column`.
-  __device__ __forceinline__ static int before(int column) {
-    const int inside = min(max(column, 0), 4 * kColumns);
-    return inside / 8 * 2 + min(inside % 8, 2);
+  __device__ __forceinline__ static std::uint32_t before(int column) {
+    const int inside = max(column, 0), count = inside / 8 * 2 + min(inside % 8, 2);
+    return __funnelshift_lc(0xffffffffu, 0u, static_cast<unsigned>(count));  // all of them from 32 on
   }
-  __device__ __forceinline__ static std::uint32_t low_bits(int count) {
-    return __funnelshift_lc(0xffffffffu, 0u, static_cast<unsigned>(max(count, 0)));  // all of them from 32 on
-  }
-
-  std::uint32_t words_[kWords] = {};
 };
 
 // What the thread's two rows see of a tile; a row has kColumns of its scores.
@@ -68,9 +55,7 @@ template <int kColumns>
 struct SeenBits {
   ColumnBits<kColumns> rows[2];
 
-  // `queries` are those of the two rows; `key` is the thread's first column's. Without kGeneral, what they see are at
-  // most two intervals.
-  template <bool kGeneral>
+  // `queries` are those of the two rows; `key` is the thread's first column's.
   __device__ __forceinline__ void set(const Visibility& visibility, const int (&queries)[2], int key) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -78,8 +63,29 @@ struct SeenBits {
       rows[row].add(allowed.begin - key, allowed.end - key);
       if (visibility.pattern.kind != PatternKind::kNone) {
         ColumnBits<kColumns> chosen;
-        choose<kGeneral>(visibility, queries[row], key, chosen);
-        rows[row].keep(chosen);
+        choose(visibility, queries[row], key, chosen);
+        rows[row].bits &= chosen.bits;
+      }
+    }
+  }
+  // The same where it is intervals, of which the tile's note says what there is to cut.
+  __device__ __forceinline__ void set(const PrefillItem& item, TileNote note, int num_global, const int (&queries)[2],
+                                      int key) {
+    rows[0].bits = rows[1].bits = 0xffffffffu;
+    if (note.cut_end()) {
+      const int end = item.kv_len - key;
+#pragma unroll
+      for (int row = 0; row < 2; ++row) rows[row].keep_before(min(queries[row] + item.sees_until - key, end));
+    }
+    if (note.cut_begin()) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) rows[row].keep_from(queries[row] + item.sees_from - key);
+    }
+    if (note.cut_global()) {
+      const int end = min(num_global, item.kv_len) - key;
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        rows[row].add(queries[row] + item.allowed_from - key, min(queries[row] + item.allowed_until - key, end));
       }
     }
   }
@@ -90,32 +96,27 @@ struct SeenBits {
     for (int row = 0; row < 2; ++row) {
 #pragma unroll
       for (int i = kFrom; i < kTo; ++i) {
-        if (!rows[row][i]) s[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
+        if ((rows[row].bits >> i & 1) == 0) s[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
       }
     }
   }
   // Has them computed here.
-  __device__ __forceinline__ void pin() {
-    rows[0].pin();
-    rows[1].pin();
-  }
+  __device__ __forceinline__ void pin() { asm volatile("" : "+r"(rows[0].bits), "+r"(rows[1].bits)::"memory"); }
 
  private:
   // What the selection alone leaves.
-  template <bool kGeneral>
   __device__ __forceinline__ static void choose(const Visibility& visibility, int query, int key,
                                                 ColumnBits<kColumns>& chosen) {
     constexpr int kKeys = 4 * kColumns;
     const Pattern& pattern = visibility.pattern;
-    if (!kGeneral || pattern.kind == PatternKind::kWindowGlobal) {
-      const Span selected = visibility.selected(query);
-      chosen.add(selected.begin - key, selected.end - key);
-      chosen.add(0, pattern.num_global - key);
-      return;
-    }
     switch (pattern.kind) {
-      case PatternKind::kNone:
-      case PatternKind::kWindowGlobal: break;
+      case PatternKind::kNone: break;
+      case PatternKind::kWindowGlobal: {
+        const Span selected = visibility.selected(query);
+        chosen.add(selected.begin - key, selected.end - key);
+        chosen.add(0, pattern.num_global - key);
+        break;
+      }
       case PatternKind::kStrided: {
         const int position = query + visibility.offset;
         chosen.add(position - pattern.width + 1 - key, kKeys);
@@ -154,7 +155,7 @@ struct RowState {
   float at[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};  // the thread's own share
 
-  static constexpr float kMargin = 4.0f;
+  static constexpr float kMargin = 4.0f, kMostBeyond = 3.0f;
 
   // Probabilities of one tile as the A operand of the product with V, four words for every 16 keys. True: `at` had to
   // be moved, and what was summed before has to be multiplied by `decay`.
@@ -186,22 +187,43 @@ struct RowState {
     sum[1] += here[1];
     return moves;
   }
-  // The same for the first tile. !behind: nothing is seen of its second half, whose scores may be anything.
-  //
-  // The reference is set by every other eight scores of the first half: where another exceeds them by far, or where
-  // nothing is seen of them, that shows as above.
-  template <class T, int N>
+  // Before the first tile's scores are masked: rows that see few of them would choose a low reference, which the next
+  // tile would move. So the largest of a quarter of them all, seen or not, is kept in `at`, for start() to set the
+  // reference higher by up to kMostBeyond. Whole powers of two, since what dominates a row has to be one; and at 2^8 to
+  // 1, the most that then may come, normalized probabilities are still rounded as much.
+  template <int N>
+  __device__ __forceinline__ void look_ahead(const float (&s)[N]) {
+    at[0] = most<0, 0, N / 2, 8>(s);
+    at[1] = most<1, 0, N / 2, 8>(s);
+  }
+  // update() for the first tile. !behind: nothing is seen of its second half, whose scores may be anything.
+  // kLookedAhead: after look_ahead().
+  template <class T, bool kLookedAhead, int N>
   __device__ __forceinline__ void start(const float (&s)[N], float scale_log2, std::uint32_t (&p)[N / 2], bool behind) {
-    float decay[2];
-    move({most<0, 0, N / 2, 8>(s), most<1, 0, N / 2, 8>(s)}, scale_log2, decay);
-    if (!__any_sync(kFullWarp, any_reaches_two(halves<T>(s, scale_log2, at, p, behind)))) return;
     float largest[2] = {most<0, 0, N / 2>(s), most<1, 0, N / 2>(s)};
     if (behind) {
       largest[0] = fmaxf(largest[0], most<0, N / 2, N>(s));
       largest[1] = fmaxf(largest[1], most<1, N / 2, N>(s));
     }
-    move(largest, scale_log2, decay);
-    halves<T>(s, scale_log2, at_or_zero(), p, behind);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const auto larger = [](float a, float b) { return fmaxf(a, b); };
+      const float seen = quad_reduce(largest[row], larger) * scale_log2;
+      float margin = kMargin;
+      if constexpr (kLookedAhead) {
+        const float beyond = quad_reduce(at[row], larger) * scale_log2 - seen;
+        margin += fminf(fmaxf(ceilf(beyond), 0.0f), kMostBeyond);
+      }
+      at[row] = seen + margin;
+    }
+    sum[0] = sum[1] = 0.0f;
+    exponentials<T, 0, N / 2>(s, scale_log2, at_or_zero(), p, sum);
+    if (behind) {
+      exponentials<T, N / 2, N>(s, scale_log2, at_or_zero(), p, sum);
+    } else {
+#pragma unroll
+      for (int i = N / 4; i < N / 2; ++i) p[i] = 0;
+    }
   }
 
  private:
@@ -235,20 +257,6 @@ struct RowState {
       sum[row] *= decay[row];
       at[row] = now;
     }
-  }
-  // All probabilities of the first tile, and `sum`.
-  template <class T, int N, class Reference>
-  __device__ __forceinline__ std::uint32_t halves(const float (&s)[N], float scale_log2, const Reference& reference,
-                                                  std::uint32_t (&p)[N / 2], bool behind) {
-    sum[0] = sum[1] = 0.0f;
-    std::uint32_t all = exponentials<T, 0, N / 2>(s, scale_log2, reference, p, sum);
-    if (behind) {
-      all |= exponentials<T, N / 2, N>(s, scale_log2, reference, p, sum);
-    } else {
-#pragma unroll
-      for (int i = N / 4; i < N / 2; ++i) p[i] = 0;
-    }
-    return all;
   }
   // Of scores [kFrom, kTo). Adds to `total`, and returns all words of p in one, bit by bit.
   template <class T, int kFrom, int kTo, int N, class Reference>

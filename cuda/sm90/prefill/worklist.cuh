@@ -1,5 +1,7 @@
 // The KV tiles that a row tile visits, last first: intervals where the pattern has them, else bits that were made
 // before. Asked by the planner; the others are told tile by tile. A row tile that sees nothing visits tile 0, masked.
+// kClearFirst: where the first is masked and the second is not, the second comes first, so that all rows see enough of
+// it to choose their reference by.
 #pragma once
 
 #include "cuda/common/online_softmax.cuh"
@@ -12,14 +14,20 @@ namespace heddle::cuda {
 struct TileNote {
   int value;
 
-  // kMapped: its scores go through a ScoreMap. kSeen << w: rows of warpgroup w see some of it; kSeenBehind << w: some
-  // of its second half.
+  // kCutBegin, kCutEnd: what some rows see begins behind its first key, or ends before its last; kCutGlobal: they may
+  // see global keys of it beside that. kRagged: it reaches beyond the keys. kMapped: its scores go through a ScoreMap.
+  // kSeen << w: rows of warpgroup w see some of it; kSeenBehind << w: some of its second half.
   static constexpr int kWarpgroups = 3;  // at most
-  static constexpr int kLast = 1, kMasked = 2, kMapped = 4, kSeen = 8, kSeenBehind = kSeen << kWarpgroups;
-  static constexpr int kShift = 3 + 2 * kWarpgroups, kSeenByAll = (1 << kShift) - kSeen;
+  static constexpr int kLast = 1, kCutBegin = 2, kCutEnd = 4, kCutGlobal = 8, kRagged = 16, kMapped = 32, kSeen = 64;
+  static constexpr int kMasked = kCutBegin | kCutEnd | kCutGlobal, kSeenBehind = kSeen << kWarpgroups;
+  static constexpr int kShift = 6 + 2 * kWarpgroups, kSeenByAll = (1 << kShift) - kSeen;
   __device__ __forceinline__ int tile() const { return value >> kShift; }
   __device__ __forceinline__ bool last() const { return (value & kLast) != 0; }
   __device__ __forceinline__ bool masked() const { return (value & kMasked) != 0; }
+  __device__ __forceinline__ bool cut_begin() const { return (value & kCutBegin) != 0; }
+  __device__ __forceinline__ bool cut_end() const { return (value & kCutEnd) != 0; }
+  __device__ __forceinline__ bool cut_global() const { return (value & kCutGlobal) != 0; }
+  __device__ __forceinline__ bool ragged() const { return (value & kRagged) != 0; }
   __device__ __forceinline__ bool seen_by(int warpgroup) const { return (value & kSeen << warpgroup) != 0; }
   __device__ __forceinline__ bool seen_behind_by(int warpgroup) const {
     return (value & kSeenBehind << warpgroup) != 0;
@@ -27,11 +35,11 @@ struct TileNote {
   __device__ __forceinline__ bool special() const { return (value & (kMasked | kMapped)) != 0; }
 };
 
-template <int kKeys, int kWarpgroups>
+template <int kKeys, int kWarpgroups, bool kClearFirst>
 class TileWalk {
  public:
-  __device__ __forceinline__ TileWalk(const PrefillParams& params, const PrefillItem& item) {
-    flags_ = params.score_map == ScoreMap::kNone ? 0 : TileNote::kMapped;
+  __device__ __forceinline__ TileWalk(const PrefillParams& params, const PrefillItem& item)
+      : params_(params), item_(item) {
     const int queries = params.schedule.queries_per_tile;
     const Visibility visibility(params.pattern, item.q_len, item.kv_len);
     const int last_query = min(item.first_query + queries, item.q_len) - 1;
@@ -68,25 +76,53 @@ class TileWalk {
     const int query = item.first_query + (row * params.packed_heads_reciprocal >> 16);
     sees_until_ = visibility.allowed(min(query, last_query)).end - (lane < TileNote::kWarpgroups ? 0 : kKeys / 2);
     step();
+    if constexpr (kClearFirst) {
+      next_note_ = in_order();
+      if (next_note_.masked() && !next_note_.last()) {
+        const TileNote second = in_order();
+        if (second.masked()) {
+          after_next_ = second;
+        } else {
+          after_next_ = {next_note_.value | (second.value & TileNote::kLast)};
+          next_note_ = {second.value & ~TileNote::kLast};
+        }
+      }
+    }
   }
 
   // The next of them, to all lanes. Not after the last, which always is for all.
   __device__ __forceinline__ TileNote take() {
-    if (upcoming_ < 0) return {flags_ | TileNote::kMasked | kForAll};
-    const int begin = upcoming_ * kKeys, end = begin + kKeys, masked_bit = masked_;
-    const bool unmasked = bits_ != nullptr
-                              ? masked_bit == 0
-                              : (begin >= unmasked_.begin && end <= unmasked_.end) || end <= unmasked_global_;
-    const int tile = upcoming_;
-    step();
-    const unsigned seen = __ballot_sync(kFullWarp, begin < sees_until_) * TileNote::kSeen & TileNote::kSeenByAll;
-    return {tile << TileNote::kShift | flags_ | (unmasked ? 0 : TileNote::kMasked) |
-            (upcoming_ < 0 ? kForAll : static_cast<int>(seen))};
+    if constexpr (!kClearFirst) return in_order();
+    const TileNote note = next_note_;
+    if (!note.last()) {
+      next_note_ = after_next_.value != 0 ? after_next_ : in_order();
+      after_next_ = {0};
+    }
+    return note;
   }
 
  private:
   static constexpr int kForAll = TileNote::kLast | TileNote::kSeenByAll;
 
+  // The same, from the last tile to the first.
+  __device__ __forceinline__ TileNote in_order() {
+    if (upcoming_ < 0) return {flags() | TileNote::kMasked | TileNote::kRagged | kForAll};
+    const int tile = upcoming_, begin = tile * kKeys, end = begin + kKeys;
+    int cuts = 0;
+    if (bits_ != nullptr) {
+      cuts = masked_ != 0 ? TileNote::kMasked : 0;
+    } else if (end > unmasked_global_) {
+      cuts = (begin < unmasked_.begin ? TileNote::kCutBegin : 0) | (end > unmasked_.end ? TileNote::kCutEnd : 0);
+      if (cuts != 0 && begin < params_.pattern.num_global) cuts |= TileNote::kCutGlobal;
+    }
+    if (end > item_.kv_len) cuts |= TileNote::kRagged;
+    step();
+    const unsigned seen = __ballot_sync(kFullWarp, begin < sees_until_) * TileNote::kSeen & TileNote::kSeenByAll;
+    return {tile << TileNote::kShift | flags() | cuts | (upcoming_ < 0 ? kForAll : static_cast<int>(seen))};
+  }
+
+  // Of every note.
+  __device__ __forceinline__ int flags() const { return params_.score_map == ScoreMap::kNone ? 0 : TileNote::kMapped; }
   // Tiles [stop, next) of the keys [begin, end).
   __device__ __forceinline__ static void set(int begin, int end, int& next, int& stop) {
     if (begin >= end) return;
@@ -120,13 +156,15 @@ class TileWalk {
     }
   }
 
+  const PrefillParams& params_;
+  const PrefillItem& item_;
   int next_ = 0, stop_ = 0, more_next_ = 0, more_stop_ = 0;  // tiles [stop, next), then [more_stop, more_next)
   Span unmasked_;                                            // keys that every row sees, if there are no bits; and
   int unmasked_global_ = 0;                                  // those below this
   const uint2* bits_ = nullptr;
   int sees_until_;
+  TileNote next_note_{0}, after_next_{0};  // with kClearFirst: taken in order already; 0 for none
   int upcoming_ = -1, masked_ = 0;
-  int flags_;  // of every note
 };
 
 // Makes the bits: a warp for 32 KV tiles of a row tile. Grid: words x row tiles / warps, heads, requests.
