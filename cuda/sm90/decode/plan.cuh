@@ -41,10 +41,14 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
   launch_dependents();
   wait_for_predecessors();
 
+  // On its way while the code that needs it is fetched.
+  int ahead = 0;
+  if (p.list == nullptr && threadIdx.x < p.shape.entries) ahead = __ldg(p.seq_lens + threadIdx.x);
+
   const std::int64_t entries = p.shape.entries;
   const bool near = entries <= kPlanEntries;
   std::int64_t* starts = near ? near_starts : p.starts;
-  const auto visible = [&](std::int64_t entry) { return p.mask.visible(kv_len_of(p, entry)).count; };
+  const auto visible = [&](int kv_len) { return p.mask.visible(min(max(kv_len, 0), p.max_kv_len)).count; };
 
   // Exclusive sums of the entries' lengths, in every block for itself. Those of a warp, of one unit an entry, take 32
   // bits.
@@ -60,7 +64,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
         keys = list_length(p, entry) * static_cast<int>(p.list_keys);
         if (blockIdx.x == 0) p.counts[entry] = keys;
       } else {
-        keys = visible(entry);
+        keys = visible(first == 0 ? ahead : __ldg(p.seq_lens + entry));
       }
       if (near) near_keys[entry] = keys;
       length = static_cast<std::uint32_t>(p.shape.length(keys));
@@ -101,7 +105,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
 
   // A warp makes 31 chunks from 32 cuts.
   const auto keys_of = [&](std::int64_t entry) {
-    return near ? near_keys[entry] : p.list != nullptr ? p.counts[entry] : visible(entry);
+    return near ? near_keys[entry] : p.list != nullptr ? p.counts[entry] : visible(__ldg(p.seq_lens + entry));
   };
   const Cut cut(p.shape, total, all_alike ? unit_length : 0);
   const int chunks = p.shape.ctas * cut.per_cta;
@@ -126,8 +130,8 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
         chunk.keys = keys_of(entry);
       }
       p.chunks[c] = chunk;
-      const auto n = static_cast<unsigned>(cut.per_cta), cta = static_cast<unsigned>(c) / n;
-      if (cta * n == static_cast<unsigned>(c)) p.own[cta] = chunk;
+      const int cta = cut.cta_of(c);
+      if (cta * cut.per_cta == c) p.own[cta] = chunk;
     }
   }
 }

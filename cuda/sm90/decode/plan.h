@@ -101,7 +101,9 @@ struct PlanShape {
   }
   HEDDLE_HD int chunks() const { return ctas * kQueueChunks; }
   HEDDLE_HD int granule() const { return split_keys > 0 ? split_keys : kGranuleKeys; }
-  HEDDLE_HD int granules(int keys) const { return (keys + granule() - 1) / granule(); }
+  HEDDLE_HD int granules(int keys) const {  // two divisions, so that one is by a constant
+    return split_keys > 0 ? (keys + split_keys - 1) / split_keys : (keys + kGranuleKeys - 1) / kGranuleKeys;
+  }
   // Length of a unit on the line, never 0.
   HEDDLE_HD int length(int keys) const {
     const int n = granules(keys) + (split_keys > 0 ? 0 : overhead);
@@ -125,7 +127,7 @@ struct CutPlace {
 
 // 32 bytes. first_chunk: where the unit at `begin` starts; last_chunk: where the unit at `end` ends (both this chunk if
 // `begin` or `end` lies at the start of a unit).
-struct Chunk {
+struct alignas(16) Chunk {
   Place begin, end;
   std::uint16_t first_chunk = 0, last_chunk = 0;
   std::uint16_t index = 0;            // of this chunk
@@ -165,10 +167,12 @@ struct Cut {
 
   // Where a chunk begins on the line. Chunks beyond the line are empty.
   HEDDLE_HD std::int64_t start(int chunk) const {
-    if (per_cta == 1) return start(chunk, 0);
-    const auto n = static_cast<std::uint32_t>(per_cta), c = static_cast<std::uint32_t>(chunk);
-    const std::uint32_t cta = c / n;
-    return start(static_cast<int>(cta), static_cast<int>(c - cta * n));
+    const int cta = cta_of(chunk);
+    return start(cta, chunk - cta * per_cta);
+  }
+  HEDDLE_HD int cta_of(int chunk) const {
+    return per_cta == 1 ? chunk
+                        : static_cast<int>(static_cast<std::uint32_t>(chunk) / static_cast<std::uint32_t>(per_cta));
   }
   // Of a CTA's chunk `at`.
   HEDDLE_HD std::int64_t start(int cta, int at) const {
