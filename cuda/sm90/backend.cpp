@@ -134,11 +134,19 @@ cuda::AttentionArgs attention_args(const Problem& p) {
   return args;
 }
 
+bool is_strided(const Problem& p) { return std::holds_alternative<select::Strided>(p.selection->kind()); }
+
 cuda::DecodeArgs decode_args(const Problem& p) {
   if (p.q.dim != p.v.dim) {
     throw Error(ErrorCode::kUnsupported, "cache",
                 "head_dim " + std::to_string(p.q.dim) + " and head_dim_v " + std::to_string(p.v.dim) +
                     "; the sm90 decode kernel takes equal ones");
+  }
+  if (is_strided(p)) {
+    throw Error(
+        ErrorCode::kUnsupported, "selection",
+        "strided; sm90 decodes it over 16-bit caches of q's dtype with pages of a multiple of 8 tokens, without a "
+        "plan and without a split size");
   }
   const std::int64_t q_bytes = static_cast<std::int64_t>(size_of(p.q.dtype));
   const auto strides = [&](const Rows& rows) {
@@ -213,8 +221,8 @@ cuda::DecodeArgs decode_args(const Problem& p) {
 }
 
 // Whether a decode is better off with the kernel for many queries, which reads keys once for 128 rows and more, but
-// takes 16-bit caches alone and does not split them. It also has values of another width.
-bool has_many_rows(const Problem& p) {
+// takes 16-bit caches alone and does not split them. It also has values of another width and strides.
+bool is_for_many_rows(const Problem& p) {
   const auto aligned = [](const Rows& x) {
     const auto start = reinterpret_cast<std::uintptr_t>(x.data);
     return ((start | x.page_stride | x.head_stride | x.slot_stride) & 15) == 0 && x.page_stride >= 0 &&
@@ -225,7 +233,7 @@ bool has_many_rows(const Problem& p) {
                     !std::holds_alternative<select::Tokens>(p.selection->kind()) &&
                     !std::holds_alternative<select::PageList>(p.selection->kind()) && aligned(p.q) && aligned(p.out);
   const std::int64_t rows = p.on_device.max_q_len * (p.num_q_heads / p.num_kv_heads);
-  return able && (rows >= kManyRows || p.q.dim != p.v.dim);
+  return able && (rows >= kManyRows || p.q.dim != p.v.dim || is_strided(p));
 }
 
 }  // namespace
@@ -241,7 +249,7 @@ void decode_plan(const Problem& problem) {
 void attention(const Problem& problem) { cuda::launch_attention(attention_args(problem)); }
 
 void decode(const Problem& problem) {
-  if (problem.plan == nullptr && has_many_rows(problem)) return attention(problem);
+  if (problem.plan == nullptr && is_for_many_rows(problem)) return attention(problem);
   cuda::DecodeArgs args = decode_args(problem);
   if (problem.plan != nullptr) {
     args.workspace = problem.plan;

@@ -130,6 +130,11 @@ def test_a_missing_model_is_refused(tmp_path, monkeypatch):
         (["--repeats", "0"], "--repeats: 0; allowed are 1 and above"),
         (["--generate", "0"], "--generate: 0; allowed are 1 and above"),
         (["--variants", "fp9"], "--variants: fp9 does not exist"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device: cuda; allowed are auto and cpu: heddle's backends here are host, reference",
+            marks=pytest.mark.skipif("sm90" in heddle.available_backends(), reason="there is a GPU"),
+        ),
         (
             ["--report", "/no/such/place/report.html"],
             "--report: /no/such/place/report.html: the directory does not exist",
@@ -164,6 +169,7 @@ def made_up(names=DEFAULT_VARIANTS, layers=30) -> dict:
             "isa": "avx512_bf16",
             "heddle_threads": 2,
             "torch_threads": 2,
+            "gpu": None,
             "others_share": 0.02,
         },
         "versions": {"heddle": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "revision": None},
@@ -172,6 +178,7 @@ def made_up(names=DEFAULT_VARIANTS, layers=30) -> dict:
             "file": "a-model.gguf",
             "parameters": 134_515_008,
             "dtype": "float32",
+            "attention": "float32",
             "layers": layers,
             "heads": 9,
             "kv_heads": 3,

@@ -298,7 +298,7 @@ SM90 = {
     "all keys, causal": "yes",
     "window": "yes",
     "window + global tokens": "yes",
-    "strided": "prefill",
+    "strided": "prefill, 16-bit decode in pages of 8 n",
     "block mask: any block, per batch, KV head or query head": "prefill",
     "token list, per request or per query": "decode, per request",
     "page list, per request (decode)": "yes",

@@ -233,6 +233,21 @@ def test_kv_format(llama, ids, name):
     torch.testing.assert_close(logits(llama, "heddle", ids), dense, rtol=0, atol=0)
 
 
+def test_dtype(llama, ids):
+    """Attention in another dtype than the model's, which gets its own back; a cache stores what came."""
+    dense = logits(llama, "heddle", ids)
+    with heddle.hf.options(dtype=torch.bfloat16):
+        rounded = logits(llama, "heddle", ids)
+        padding = torch.ones_like(ids)
+        padding[0, :4] = 0
+        assert logits(llama, "heddle", ids, attention_mask=padding).dtype == torch.float32
+        cache = heddle.hf.HeddleCache(64, format="bf16")
+        steps = [llama(part, past_key_values=cache).logits for part in (ids[:, :30], ids[:, 30:])]
+    assert rounded.dtype == torch.float32
+    for got in (rounded, torch.cat(steps, 1)):
+        assert 1e-4 < (got - dense).norm() / dense.norm() < 0.02
+
+
 def test_a_name_of_its_own_options(llama, ids):
     heddle.hf.register("heddle-narrow", selection=heddle.select.window(5, n_global=3))
     expected = logits(llama, "sdpa", ids, attention_mask=visible("window", 37).expand(2, 1, -1, -1))

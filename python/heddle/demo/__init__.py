@@ -7,6 +7,7 @@ import os
 import shlex
 from pathlib import Path
 
+from heddle import available_backends
 from heddle._errors import HeddleValueError, refuse
 from heddle.demo._variants import DEFAULT_VARIANTS, REFERENCES, make_variants
 
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     run = parser.add_argument_group("what is run")
+    run.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the model runs; auto: on a GPU that heddle has kernels for, if there is one",
+    )
     run.add_argument(
         "--variants",
         default=",".join(DEFAULT_VARIANTS),
@@ -76,7 +83,13 @@ def run(args: argparse.Namespace) -> int:
     if args.decode_tokens >= args.tokens:
         message = f"{args.decode_tokens}; allowed are fewer than --tokens {args.tokens}"
         raise refuse(HeddleValueError, "value", "--decode-tokens", message)
-    variants = make_variants(args.variants.split(","), args.window, args.globals, *args.strided)
+    # Answers a device that is not there before packages are imported that take seconds.
+    if args.device == "cuda" and not gpu_backends():
+        message = f"cuda; allowed are auto and cpu: heddle's backends here are {', '.join(available_backends())}"
+        raise refuse(HeddleValueError, "value", "--device", message)
+    device = "cuda" if args.device != "cpu" and gpu_backends() else "cpu"
+    precision = "float32" if device == "cpu" else "float16"
+    variants = make_variants(args.variants.split(","), args.window, args.globals, *args.strided, precision)
     for option, path in (("--report", args.report), ("--json", args.json)):
         if path is not None and not path.absolute().parent.is_dir():
             raise refuse(HeddleValueError, "value", option, f"{path}: the directory does not exist")
@@ -88,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from heddle.demo import _measure, _show
 
     show = _show.Terminal()
-    results = _measure.measure(args, variants, show, _command(args))
+    results = _measure.measure(args, variants, show, _command(args), device)
     show.results(results)
     args.report.write_text(report.render(results), encoding="utf-8")
     if args.json is not None:
@@ -96,6 +109,11 @@ def run(args: argparse.Namespace) -> int:
         show.written("Measurements", args.json)
     show.written("Report", args.report)
     return 0
+
+
+def gpu_backends() -> list[str]:
+    """heddle's backends that run on a GPU of this machine."""
+    return [name for name in available_backends() if name.startswith("sm")]
 
 
 def _command(args: argparse.Namespace) -> str:

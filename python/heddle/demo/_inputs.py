@@ -79,4 +79,4 @@ def chat_prompt(tokenizer: Any, ids: torch.Tensor, question: str, length: int) -
 
 def digest(ids: torch.Tensor) -> str:
     """SHA-256 of the tokens, to know the same text again."""
-    return hashlib.sha256(ids.to(torch.int32).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(ids.to("cpu", torch.int32).numpy().tobytes()).hexdigest()

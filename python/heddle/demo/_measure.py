@@ -1,6 +1,7 @@
 """What the demo measures, and how.
 
-Every figure is of the whole model on one text, with the weights in float32:
+Every figure is of the whole model on one text, with the weights in float32. On a GPU heddle computes attention in
+float16, and keeps keys and values in it where no other format is asked for; times there are those of the GPU.
 
 loss        mean negative log-likelihood of each token after the first, from a prefill whose attention is the variant's
 difference  of the loss against heddle dense, with the standard error of the paired differences
@@ -47,8 +48,13 @@ _LOGIT_ROWS = 256
 _EXCERPT_TOKENS = 1024
 
 
-def measure(args: argparse.Namespace, variants: list[Variant], show: Terminal, command: str) -> dict[str, Any]:
-    """All measurements of the demo, as plain data (see to_json). `command` is recorded with them."""
+def measure(
+    args: argparse.Namespace, variants: list[Variant], show: Terminal, command: str, device: str
+) -> dict[str, Any]:
+    """All measurements of the demo, as plain data (see to_json). `command` is recorded with them.
+
+    device: "cpu" or "cuda".
+    """
     started = time.perf_counter()
     others = _OthersShare()
     name, path = _inputs.find_model(args.model)
@@ -73,7 +79,8 @@ def measure(args: argparse.Namespace, variants: list[Variant], show: Terminal, c
     with show.working(total) as progress:
         with progress.step(f"loading {name}", work["load"]):
             tokenizer, model = _inputs.load_model(path)
-        ids = _inputs.tokenize(tokenizer, text, args.tokens, model.config.max_position_embeddings)
+            model = model.to(device)
+        ids = _inputs.tokenize(tokenizer, text, args.tokens, model.config.max_position_embeddings).to(device)
         bench = _Bench(model, ids, args.decode_tokens)
 
         with progress.step("attention errors, layer by layer", work["errors"]) as tick:
@@ -99,7 +106,7 @@ def measure(args: argparse.Namespace, variants: list[Variant], show: Terminal, c
                 progress.skip((args.repeats - repeats) * len(variants) * (work["prefill"] + work["decode"]))
                 break
 
-        prompt = _inputs.chat_prompt(tokenizer, ids, args.question, min(args.tokens, _EXCERPT_TOKENS))
+        prompt = _inputs.chat_prompt(tokenizer, ids, args.question, min(args.tokens, _EXCERPT_TOKENS)).to(device)
         answers = {}
         for variant in variants:
             with progress.step(f"answering · {variant.label}", work["generate"]):
@@ -110,9 +117,13 @@ def measure(args: argparse.Namespace, variants: list[Variant], show: Terminal, c
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seconds": time.perf_counter() - started,
-        "machine": {**machine(), "others_share": others.share()},
+        "machine": {
+            **machine(),
+            "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+            "others_share": others.share(),
+        },
         "versions": versions(),
-        "model": _describe_model(name, path, model),
+        "model": {**_describe_model(name, path, model), "attention": "float32" if device == "cpu" else "float16"},
         "text": {
             "name": text_name,
             "tokens": args.tokens,
@@ -132,6 +143,47 @@ def measure(args: argparse.Namespace, variants: list[Variant], show: Terminal, c
     }
 
 
+class _Stopwatch:
+    """Seconds from start() to stop(), and those of spans in between; of the GPU's own clock where one works."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        self._begin: Any = None
+        self._spans: list[tuple[Any, Any]] = []
+
+    def _mark(self) -> Any:
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1e3 if self._gpu else end - begin
+
+    def start(self) -> None:
+        self._spans.clear()
+        self._begin = self._mark()
+
+    def stop(self) -> tuple[float, float]:
+        """The seconds since start(), and those within spans."""
+        end = self._mark()
+        if self._gpu:
+            torch.cuda.synchronize()
+        return self._between(self._begin, end), sum(self._between(*span) for span in self._spans)
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, each call of it a span."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = self._mark()
+            result = function(*args, **kwargs)
+            self._spans.append((begin, self._mark()))
+            return result
+
+        return timed
+
+
 class _Bench:
     """The model, the text and the stopwatch."""
 
@@ -140,10 +192,12 @@ class _Bench:
         self.ids = ids
         self.decode_tokens = decode_tokens
         self.layers = model.config.num_hidden_layers
-        self.seconds = 0.0  # in attention and cache updates
+        self.watch = _Stopwatch(ids.device)  # spans: attention and cache updates
+        on_gpu = ids.device.type == "cuda"
+        self.dense_format, self.dtype = ("fp16", torch.float16) if on_gpu else ("fp32", None)
         self.tick: Callable[[float], None] = lambda part: None
 
-        self.heddle = heddle.hf.HeddleAttention()
+        self.heddle = heddle.hf.HeddleAttention(heddle.hf.HeddleConfig(dtype=self.dtype))
         self._register("heddle-demo-sdpa", self._timed(sdpa_attention_forward), sdpa_mask)
         self._register("heddle-demo", self._timed(self.heddle), heddle.hf.heddle_mask)
 
@@ -153,14 +207,14 @@ class _Bench:
         AttentionMaskInterface.register(name, mask)
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            self.seconds += time.perf_counter() - start
+        timed = self.watch.timed(function)
+
+        def ticking(*args: Any, **kwargs: Any) -> Any:
+            result = timed(*args, **kwargs)
             self.tick(1 / self.layers)
             return result
 
-        return timed
+        return ticking
 
     @contextlib.contextmanager
     def _running(self, variant: Variant, tick: Callable[[float], None]) -> Iterator[None]:
@@ -172,17 +226,9 @@ class _Bench:
 
     def _new_cache(self, variant: Variant, length: int) -> Any:
         if variant.uses_heddle:
-            return heddle.hf.HeddleCache(length, format=variant.kv_format or "fp32")
+            return heddle.hf.HeddleCache(length, format=variant.kv_format or self.dense_format)
         cache = DynamicCache(config=self.model.config)
-        update = cache.update
-
-        def timed_update(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = update(*args, **kwargs)
-            self.seconds += time.perf_counter() - start
-            return result
-
-        cache.update = timed_update
+        cache.update = self.watch.timed(cache.update)
         return cache
 
     def attention_errors(self, variants: list[Variant], tick: Callable[[float], None]) -> dict[str, list[float]]:
@@ -213,10 +259,9 @@ class _Bench:
         """One forward pass over the text: the last hidden states [1, tokens, hidden] and the filled cache."""
         cache = self._new_cache(variant, self.ids.shape[1])
         with self._running(variant, tick):
-            self.seconds, start = 0.0, time.perf_counter()
+            self.watch.start()
             hidden = self.model.base_model(self.ids, past_key_values=cache, use_cache=True).last_hidden_state
-            elapsed = time.perf_counter() - start
-        record.setdefault("prefill", []).append((elapsed, self.seconds))
+            record.setdefault("prefill", []).append(self.watch.stop())
         if variant.uses_heddle:
             record["kv_bytes"] = cache.bytes_per_token
         else:
@@ -233,7 +278,7 @@ class _Bench:
                 logits = self.model.get_output_embeddings()(rows)
                 nll.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
                 tick(len(rows) / len(states))
-        return torch.cat(nll).double().numpy()
+        return torch.cat(nll).double().cpu().numpy()
 
     def decode(self, variant: Variant, cache: Any, record: dict[str, Any], tick: Callable[[float], None]) -> None:
         """The last tokens of the text again, one at a time, over the cache of all that is before them."""
@@ -242,11 +287,11 @@ class _Bench:
         nll, times = [], record.setdefault("decode", [])
         with self._running(variant, lambda part: tick(part / steps)):
             for position in range(self.ids.shape[1] - steps, self.ids.shape[1]):
-                self.seconds, start = 0.0, time.perf_counter()
+                self.watch.start()
                 token = self.ids[:, position : position + 1]
                 hidden = self.model.base_model(token, past_key_values=cache, use_cache=True).last_hidden_state
                 logits = self.model.get_output_embeddings()(hidden[0])
-                times.append((time.perf_counter() - start, self.seconds))
+                times.append(self.watch.stop())
                 if position + 1 < self.ids.shape[1]:
                     target = self.ids[0, position + 1 : position + 2]
                     nll.append(torch.nn.functional.cross_entropy(logits, target).item())

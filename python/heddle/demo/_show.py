@@ -55,7 +55,7 @@ class Terminal:
         wide = self.console.width >= 100
         table = Table(
             title=f"{model['name']} on {text['tokens']:,} tokens of {text['name']}",
-            caption=f"{machine['processor']}, {machine['cores']} cores, {machine['isa']}"
+            caption=(machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores, {machine['isa']}")
             + ("; in brackets: attention's share" if wide else ""),
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),

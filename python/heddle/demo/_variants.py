@@ -22,7 +22,8 @@ class Variant:
     Attributes:
         name: as in --variants. label: for people. detail: one sentence that says what it does.
         selection: a function of heddle.select and its arguments, or None for every key.
-        kv_format: the format of keys and values in prefill (heddle.attention) and in the cache; None is fp32.
+        kv_format: the format of keys and values in prefill (heddle.attention) and in the cache; None is fp32, on a GPU
+            fp16.
     """
 
     name: str
@@ -55,8 +56,12 @@ class Variant:
         return near + position // a["stride"] - (near - 1) // a["stride"]
 
 
-def make_variants(names: Sequence[str], window: int, n_global: int, width: int, stride: int) -> list[Variant]:
+def make_variants(
+    names: Sequence[str], window: int, n_global: int, width: int, stride: int, precision: str = "float32"
+) -> list[Variant]:
     """The variants of these names, in the table's order, the references always among them.
+
+    precision: what heddle computes attention in, for people.
 
     Raises HeddleValueError for a name that does not exist and for a window or stride out of range.
     """
@@ -66,17 +71,17 @@ def make_variants(names: Sequence[str], window: int, n_global: int, width: int, 
             raise refuse(HeddleValueError, "value", option, f"{number}; allowed are {least} and above")
     variants = [
         Variant("sdpa", "PyTorch SDPA", "scaled_dot_product_attention in float32 over transformers' DynamicCache."),
-        Variant("dense", "heddle dense", "Every key, in float32. The reference that differences are taken from."),
+        Variant("dense", "heddle dense", f"Every key, in {precision}. The reference that differences are taken from."),
         Variant(
             "window",
             f"window {window} + {n_global}",
-            f"Each query reads the newest {window} keys and the first {n_global}, in float32.",
+            f"Each query reads the newest {window} keys and the first {n_global}, in {precision}.",
             ("window", {"left": window - 1, "n_global": n_global}),
         ),
         Variant(
             "strided",
             f"strided {width} / {stride}",
-            f"Each query reads the newest {width} keys and every {stride}th before them, in float32.",
+            f"Each query reads the newest {width} keys and every {stride}th before them, in {precision}.",
             ("strided", {"width": width, "stride": stride}),
         ),
         Variant(

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 import heddle
 from heddle._errors import HeddleNotImplementedError, HeddleTypeError, HeddleValueError, refuse
-from heddle.hf._cache import PagedStates, packed_attention
+from heddle.hf._cache import PagedStates, chunk_attention, packed_attention
 from heddle.hf._mask import heddle_mask
 
 LayerSelection = Callable[[int, int], "heddle.Selection | None"]
@@ -31,8 +31,10 @@ class HeddleConfig:
             are read: always without a HeddleCache, in the first prefill with one. Later steps read the cache, in its
             format.
         partition: tokens that share a scale, for kv_format "int8-a".
-        smooth: K smoothing, with a kv_format.
+        smooth: K smoothing, with a kv_format; not on a GPU.
         backend: as for heddle.attention.
+        dtype: what attention is computed in; q, k, v are converted to it, and the output back, while a HeddleCache
+            stores keys and values as they come. None: the model's own. GPUs have float16 and bfloat16.
         sampling: draw values instead of reading them all: a heddle.Sampling, or a function of (layer_idx, number of
             keys) that returns one or None; it should give each layer and length an offset of its own. It applies
             wherever a HeddleCache is read, so not to the first prefill, and not without one. Requests of a padded batch
@@ -44,6 +46,7 @@ class HeddleConfig:
     partition: int = 1
     smooth: bool = False
     backend: str | None = None
+    dtype: torch.dtype | None = None
     sampling: heddle.Sampling | LayerSampling | None = None
 
 
@@ -75,6 +78,7 @@ def register(
     partition: int = 1,
     smooth: bool = False,
     backend: str | None = None,
+    dtype: torch.dtype | None = None,
     sampling: heddle.Sampling | LayerSampling | None = None,
 ) -> None:
     """Makes heddle an attention implementation of transformers: `attn_implementation=name`.
@@ -86,7 +90,7 @@ def register(
     """
     if name == "eager" or not isinstance(AttentionInterface().get(name, HeddleAttention()), HeddleAttention):
         raise refuse(HeddleValueError, "value", "name", f"{name!r} is another implementation of attention")
-    config = HeddleConfig(selection, kv_format, partition, smooth, backend, sampling)
+    config = HeddleConfig(selection, kv_format, partition, smooth, backend, dtype, sampling)
     AttentionInterface.register(name, HeddleAttention(config))
     AttentionMaskInterface.register(name, heddle_mask)
 
@@ -150,7 +154,8 @@ class HeddleAttention:
         }
         storage = {"format": config.kv_format, "partition": config.partition, "smooth": config.smooth}
 
-        query = query.transpose(1, 2)
+        model_dtype = query.dtype
+        query = query.transpose(1, 2).to(config.dtype or model_dtype)
         if attention_mask is not None and attention_mask.dim() == 4:
             arguments |= {"causal": False, "window": None, "selection": _element_mask(attention_mask, selection)}
             attention_mask = None
@@ -160,13 +165,16 @@ class HeddleAttention:
             sampling = config.sampling
             if callable(sampling):
                 sampling = sampling(getattr(module, "layer_idx", 0), key.shape[2])
-            return key.layer.attend(query, attention_mask, arguments, storage, sampling), None
+            out = key.layer.attend(query, attention_mask, arguments, storage, sampling)
+            return out.to(model_dtype), None
         if config.sampling is not None:
             raise _unsupported("sampling", "values are drawn from a HeddleCache alone")
         key, value = key.transpose(1, 2), value.transpose(1, 2)
         if attention_mask is not None:
-            return packed_attention(query, key, value, attention_mask, **arguments, **storage), None
-        return heddle.attention(query, key, value, **arguments, **storage), None
+            out = packed_attention(query, key, value, attention_mask, **arguments, **storage)
+        else:
+            out = chunk_attention(query, key, value, **arguments, **storage)
+        return out.to(model_dtype), None
 
 
 def _unsupported(argument: str, message: str) -> heddle.HeddleError:

@@ -12,6 +12,48 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 import heddle
 from heddle._errors import HeddleNotImplementedError, HeddleTypeError, HeddleValueError, refuse
 
+# Of a cache that is made for one call; see chunk_attention.
+_PAGE_SIZE = 64
+
+
+def chunk_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    format: str | None,
+    partition: int,
+    smooth: bool,
+    **arguments: Any,
+) -> torch.Tensor:
+    """heddle.attention of q [B, Sq, Hq, D] over k [B, Sk, Hkv, D] and v [B, Sk, Hkv, Dv], which become q's dtype.
+
+    On a GPU it has no 8-bit formats, but decode has: there a `format` makes a cache for this call. Its scales are those
+    of all tokens, as they are in heddle.attention.
+    """
+    if format is None or not q.is_cuda:
+        return heddle.attention(
+            q, k.to(q.dtype), v.to(q.dtype), format=format, partition=partition, smooth=smooth, **arguments
+        )
+    if smooth:
+        raise refuse(HeddleNotImplementedError, "unsupported", "smooth", "smoothed keys on a GPU; allowed is False")
+    batch, tokens = k.shape[:2]
+    pages = -(-tokens // _PAGE_SIZE)
+    cache = heddle.KVCache(
+        batch * pages,
+        _PAGE_SIZE,
+        k.shape[2],
+        k.shape[3],
+        head_dim_v=v.shape[3],
+        format=format,
+        device=str(k.device),
+        partition=partition,
+    )
+    table = torch.arange(batch * pages, dtype=torch.int32, device=k.device).view(batch, pages)
+    cache.calibrate(k, v, q)
+    lengths = cache.append(k, v, table, torch.zeros(batch, dtype=torch.int32, device=k.device))
+    return heddle.decode(q, cache, table, lengths, **arguments)
+
 
 def packed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor, *, causal: bool, **arguments: Any
@@ -21,6 +63,7 @@ def packed_attention(
     q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv]; valid: bool [B, Sk]. With `causal` the queries are the last
     Sq of the Sk tokens, so real queries stay aligned with real keys; the rows of padding queries are 0.
     """
+    k, v = k.to(q.dtype), v.to(q.dtype)
     q_valid = valid[:, -q.shape[1] :] if causal else valid.new_ones(q.shape[:2])
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     out[q_valid] = heddle.attention(
@@ -98,6 +141,7 @@ class HeddleCacheLayer(CacheLayerMixin):
         self.kv: heddle.KVCache | None = None
         self.length = 0
         self.valid: torch.Tensor | None = None  # bool [B, length]: real tokens
+        self.padded = False  # whether some are not
         self.fresh: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -155,17 +199,21 @@ class HeddleCacheLayer(CacheLayerMixin):
             )
         k, v = (states.transpose(1, 2) for states in self.fresh)
         new = k.shape[1]
+        unpadded = valid is None and not self.padded
         if valid is None:
             valid = self.valid.new_ones(len(self.seq_lens), self.length + new)
-        if not torch.equal(valid[:, : self.length], self.valid):
-            raise refuse(
-                HeddleValueError,
-                "value",
-                "attention_mask",
-                "other cached tokens are marked as padding than when they came",
-            )
         new_valid = valid[:, self.length :]
-        padded = not new_valid.all()
+        padded = False
+        if not unpadded:  # looking at masks waits for a GPU
+            if not torch.equal(valid[:, : self.length], self.valid):
+                raise refuse(
+                    HeddleValueError,
+                    "value",
+                    "attention_mask",
+                    "other cached tokens are marked as padding than when they came",
+                )
+            padded = not new_valid.all()
+        self.padded = self.padded or padded
         first = self.length == 0
 
         kept = (k[new_valid], v[new_valid]) if padded else (k, v)
@@ -181,7 +229,7 @@ class HeddleCacheLayer(CacheLayerMixin):
         if first:
             if padded:
                 return packed_attention(q, k, v, valid, **arguments, **storage)
-            return heddle.attention(q, k, v, **arguments, **storage)
+            return chunk_attention(q, k, v, **arguments, **storage)
         arguments = {**arguments, "sampling": sampling}
         if padded:
             out = q.new_zeros(*q.shape[:3], v.shape[-1])
