@@ -33,7 +33,7 @@ def describe(command: Sequence[str]) -> dict[str, Any]:
         "device": _device(),
         "build": {"compiler": _core.compiler, "flags": _flags(), "current": _is_current()},
         "versions": {"heddle": heddle.__version__, "python": platform.python_version(), "numpy": np.__version__},
-        "revision": _revision(),
+        "revision": revision(),
     }
 
 
@@ -101,7 +101,7 @@ def _is_current() -> bool | None:
     return None if newest is None else newest <= Path(_core.__file__).stat().st_mtime
 
 
-def _revision() -> dict[str, Any] | None:
+def revision() -> dict[str, Any] | None:
     """The commit, and whether the tree had changes of its own (records aside); None outside a checkout. HEDDLE_REVISION
     names it (with "-dirty" behind it if so) where a build was brought to, whatever else is there."""
     if named := os.environ.get("HEDDLE_REVISION"):

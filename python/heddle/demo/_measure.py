@@ -23,7 +23,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +36,7 @@ from transformers.masking_utils import sdpa_mask
 
 import heddle
 import heddle.hf
-from heddle import _core
+from heddle import _core, _record
 from heddle.demo import _inputs
 from heddle.demo._show import Terminal
 from heddle.demo._variants import Variant
@@ -424,11 +423,8 @@ def versions() -> dict[str, str | None]:
     found["python"] = platform.python_version()
     for package in ("numpy", "torch", "transformers"):
         found[package] = importlib.metadata.version(package)
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found["revision"] = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        found["revision"] = None
+    source = _record.revision()
+    found["revision"] = source and source["commit"][:12] + "-dirty" * source["dirty"]
     return found
 
 
