@@ -239,10 +239,11 @@ class PrefillConsumer {
       for (int i = 0; i < kDimV / 2; ++i) o[i] = 0.0f;
       RowState state;
       valid = multiply(item, s, o, state);
-      finish(item, o, state);
+      finish(item, o, state, [&] {
+        if constexpr (!Config::kOverlapEnds) valid = begin(s);
+      });
       __syncwarp();
       if (elect_one()) shared_.item_empty[slot_.previous()].arrive();
-      if constexpr (!Config::kOverlapEnds) valid = begin(s);
     }
     wgmma_wait<0>();
     if constexpr (Config::kStoresBoxes) await_stores();
@@ -459,7 +460,11 @@ class PrefillConsumer {
   // ---- the end of a row tile ----
 
   // What few calls need is behind branches: a row tile's end is a chain of latencies, some 5 clocks an instruction.
-  __device__ __forceinline__ void finish(const PrefillItem& item, float (&o)[kDimV / 2], const RowState& state) {
+  // Where the output is written from registers, `begin_next` is called with half of it written, by when its queries
+  // have come: its product runs while the other half is.
+  template <class BeginNext>
+  __device__ __forceinline__ void finish(const PrefillItem& item, float (&o)[kDimV / 2], const RowState& state,
+                                         BeginNext begin_next) {
     const auto add = [](float a, float b) { return a + b; };
     float sum[2] = {quad_reduce(state.sum[0], add), quad_reduce(state.sum[1], add)}, decay[2] = {1.0f, 1.0f};
     if (params_.sinks != nullptr || params_.lse != nullptr) weigh(item, state, sum, decay);
@@ -467,10 +472,17 @@ class PrefillConsumer {
                              sum[1] == 0.0f ? 0.0f : __fdividef(decay[1], sum[1])};
     std::uint32_t zeros[2] = {0, 0};  // of a row of the thread: stay so unless something in it is not finite
     const int first = query_of(item, warpgroup_ * 64 + thread() / 32 * 16);  // the warp's
-    if (Config::kStoresBoxes && params_.queries_per_store > 0 && first + params_.queries_per_store <= item.q_len) {
-      store_rows(item, o, factor, first, zeros);
+    if constexpr (Config::kStoresBoxes) {
+      if (params_.queries_per_store > 0 && first + params_.queries_per_store <= item.q_len) {
+        store_rows(item, o, factor, first, zeros);
+      } else {
+        store_row<0>(item, o, factor[0], zeros[0]);
+        store_row<1>(item, o, factor[1], zeros[1]);
+      }
+      begin_next();  // by all warps of the warpgroup, which may have come different ways
     } else {
       store_row<0>(item, o, factor[0], zeros[0]);
+      begin_next();
       store_row<1>(item, o, factor[1], zeros[1]);
     }
     const bool poisoned[2] = {(zeros[0] & 0x7fff7fffu) != 0, (zeros[1] & 0x7fff7fffu) != 0};
