@@ -31,8 +31,8 @@ def newest(folder: Path) -> dict[str, Record]:
     found: dict[tuple[int, int], tuple[str, str, Record]] = {}
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        # Figures of GPUs stand in docs/kernels; the study measures quality, which docs/study.md tells.
-        elsewhere = "gpu" in record.get("device", {}) or "sections" in record
+        # Figures of GPUs stand in docs/kernels and docs/demo.md; the study measures quality, which docs/study.md tells.
+        elsewhere = "gpu" in record.get("device", {}) or record.get("machine", {}).get("gpu") or "sections" in record
         if elsewhere or not record.get("complete", True):
             continue
         key = (list(TABLES).index(_program(record)), ISAS.index(_device(record)["isa"]))
