@@ -145,8 +145,8 @@ cuda::DecodeArgs decode_args(const Problem& p) {
   if (is_strided(p)) {
     throw Error(
         ErrorCode::kUnsupported, "selection",
-        "strided; sm90 decodes it over 16-bit caches of q's dtype with pages of a multiple of 8 tokens, without a "
-        "plan and without a split size");
+        "strided; sm90 decodes it over 16-bit caches of q's dtype with pages of a multiple of 8 tokens, with rows of "
+        "q and out at multiples of 16 bytes, without a plan and without a split size");
   }
   const std::int64_t q_bytes = static_cast<std::int64_t>(size_of(p.q.dtype));
   const auto strides = [&](const Rows& rows) {

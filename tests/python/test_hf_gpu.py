@@ -56,6 +56,26 @@ def test_8_bit_formats_on_a_gpu_are_those_of_the_host(name):
     assert_close(run("cuda", name, layers=1, dtype=torch.float16, kv_format=name), expected)
 
 
+def test_partitions_longer_than_a_page_of_64():
+    options = {"layers": 1, "kv_format": "int8-a", "partition": 128}
+    assert_close(run("cuda", "fp16", dtype=torch.float16, **options), run("cpu", "fp32", **options))
+
+
+def test_8_bit_formats_of_a_padded_batch_are_refused():
+    heddle.hf.register()
+    model = make_model(1, head_dim=64).cuda()
+    model.set_attn_implementation("heddle")
+    ids = text(3).cuda()
+    padding = torch.ones_like(ids)
+    padding[:, :9] = 0
+    with (
+        torch.inference_mode(),
+        heddle.hf.options(dtype=torch.float16, kv_format="fp8"),
+        pytest.raises(heddle.HeddleNotImplementedError, match=r"^kv_format: fp8 in a padded batch on a GPU"),
+    ):
+        model(ids, attention_mask=padding)
+
+
 def test_smoothed_keys_on_a_gpu_are_refused():
     with pytest.raises(heddle.HeddleNotImplementedError, match=r"^smooth: smoothed keys on a GPU"):
         run("cuda", "fp16", dtype=torch.float16, kv_format="int8-b", smooth=True)

@@ -460,8 +460,8 @@ class PrefillConsumer {
   // ---- the end of a row tile ----
 
   // What few calls need is behind branches: a row tile's end is a chain of latencies, some 5 clocks an instruction.
-  // Where the output is written from registers, `begin_next` is called with half of it written, by when its queries
-  // have come: its product runs while the other half is.
+  // Without room for boxes `begin_next` is called with half of the output written, by when the next queries have come:
+  // their product runs while the other half is.
   template <class BeginNext>
   __device__ __forceinline__ void finish(const PrefillItem& item, float (&o)[kDimV / 2], const RowState& state,
                                          BeginNext begin_next) {

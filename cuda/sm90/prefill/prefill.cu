@@ -13,6 +13,7 @@
 #include "cuda/sm90/prefill/launch.cuh"
 #include "cuda/sm90/prefill/plan.cuh"
 #include "cuda/sm90/prefill/variants.h"
+#include "cuda/sm90/prefill/worklist.cuh"
 
 namespace heddle::cuda {
 namespace {
@@ -112,11 +113,9 @@ void check_args(const AttentionArgs& args) {
     refuse(ErrorCode::kLayout, "out", "rows that do not begin at multiples of 16 bytes, as sm90 writes them");
   }
   constexpr std::int64_t kMost = kUnbounded - 1;
-  for (const auto& [name, count] : {std::pair("q", args.q_len), std::pair("k", args.kv_len)}) {
-    if (count > kMost) {
-      refuse(ErrorCode::kUnsupported, name,
-             std::to_string(count) + " tokens; allowed on sm90 are up to " + std::to_string(kMost));
-    }
+  if (args.q_len > kMost) {
+    refuse(ErrorCode::kUnsupported, "q",
+           std::to_string(args.q_len) + " tokens; allowed on sm90 are up to " + std::to_string(kMost));
   }
   if (args.batch > 65535) {
     refuse(ErrorCode::kUnsupported, "q", std::to_string(args.batch) + " requests; allowed on sm90 are up to 65535");
@@ -135,6 +134,11 @@ void launch_attention(const AttentionArgs& args) {
   const DeviceScope scope(args.device);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   const PrefillVariant& variant = choose(args);
+  if (const std::int64_t most = variant.keys * TileNote::kMaxTiles; args.kv_len > most) {
+    refuse(ErrorCode::kUnsupported, "k",
+           std::to_string(args.kv_len) + " tokens; allowed on sm90 with head_dim " + std::to_string(args.head_dim) +
+               " are up to " + std::to_string(most));
+  }
   const DeviceFacts facts = facts_of(args.device);
   const bool packed = args.cu_seqlens_q != nullptr;
 

@@ -190,7 +190,8 @@ struct RowState {
   // Before the first tile's scores are masked: rows that see few of them would choose a low reference, which the next
   // tile would move. So the largest of a quarter of them all, seen or not, is kept in `at`, for start() to set the
   // reference higher by up to kMostBeyond. Whole powers of two, since what dominates a row has to be one; and at 2^8 to
-  // 1, the most that then may come, normalized probabilities are still rounded as much.
+  // 1, the most that then may come, normalized probabilities are still rounded as much. (Where no later tile moves the
+  // reference, fp16 then ends at 2^-17 of the row's largest instead of 2^-20.)
   template <int N>
   __device__ __forceinline__ void look_ahead(const float (&s)[N]) {
     at[0] = most<0, 0, N / 2, 8>(s);

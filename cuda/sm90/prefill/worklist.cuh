@@ -21,6 +21,7 @@ struct TileNote {
   static constexpr int kLast = 1, kCutBegin = 2, kCutEnd = 4, kCutGlobal = 8, kRagged = 16, kMapped = 32, kSeen = 64;
   static constexpr int kMasked = kCutBegin | kCutEnd | kCutGlobal, kSeenBehind = kSeen << kWarpgroups;
   static constexpr int kShift = 6 + 2 * kWarpgroups, kSeenByAll = (1 << kShift) - kSeen;
+  static constexpr std::int64_t kMaxTiles = std::int64_t{1} << (31 - kShift);
   __device__ __forceinline__ int tile() const { return value >> kShift; }
   __device__ __forceinline__ bool last() const { return (value & kLast) != 0; }
   __device__ __forceinline__ bool masked() const { return (value & kMasked) != 0; }

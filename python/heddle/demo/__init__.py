@@ -83,11 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.decode_tokens >= args.tokens:
         message = f"{args.decode_tokens}; allowed are fewer than --tokens {args.tokens}"
         raise refuse(HeddleValueError, "value", "--decode-tokens", message)
-    # Answers a device that is not there before packages are imported that take seconds.
-    if args.device == "cuda" and not gpu_backends():
-        message = f"cuda; allowed are auto and cpu: heddle's backends here are {', '.join(available_backends())}"
-        raise refuse(HeddleValueError, "value", "--device", message)
-    device = "cuda" if args.device != "cpu" and gpu_backends() else "cpu"
+    device = _device(args.device)
     precision = "float32" if device == "cpu" else "float16"
     variants = make_variants(args.variants.split(","), args.window, args.globals, *args.strided, precision)
     for option, path in (("--report", args.report), ("--json", args.json)):
@@ -111,17 +107,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def gpu_backends() -> list[str]:
-    """heddle's backends that run on a GPU of this machine."""
-    return [name for name in available_backends() if name.startswith("sm")]
+def _device(wanted: str) -> str:
+    """The one that `wanted`, of the choices of --device, means here."""
+    has_kernels = "sm90" in available_backends()
+    if wanted == "cuda" and not has_kernels:
+        message = f"cuda; allowed are auto and cpu: heddle's backends here are {', '.join(available_backends())}"
+        raise refuse(HeddleValueError, "value", "--device", message)
+    if wanted == "cpu" or not has_kernels:
+        return "cpu"
+    import torch  # takes seconds: not where there is nothing to ask it
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if wanted == "cuda":
+        raise refuse(HeddleValueError, "value", "--device", "cuda; allowed are auto and cpu: PyTorch finds no GPU")
+    return "cpu"
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command line that asks for the same: every option that is not at its default."""
+    """The command line that asks for the same: every option that is not at its default, less where results go."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     words = ["heddle", "demo"]
     for name, value in vars(args).items():
-        if value != parser.get_default(name):
+        if name not in ("report", "json") and value != parser.get_default(name):
             words += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)

@@ -29,7 +29,7 @@ class HeddleConfig:
             keys) that returns one, or None for dense attention.
         kv_format: quantize q, k and v on the way: a `format` of heddle.attention. It applies wherever contiguous keys
             are read: always without a HeddleCache, in the first prefill with one. Later steps read the cache, in its
-            format.
+            format. On a GPU not in padded batches.
         partition: tokens that share a scale, for kv_format "int8-a".
         smooth: K smoothing, with a kv_format; not on a GPU.
         backend: as for heddle.attention.

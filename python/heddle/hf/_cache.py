@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 import heddle
 from heddle._errors import HeddleNotImplementedError, HeddleTypeError, HeddleValueError, refuse
 
-# Of a cache that is made for one call; see chunk_attention.
+# Of a cache that is made for one call, or a multiple of it; see chunk_attention.
 _PAGE_SIZE = 64
 
 
@@ -38,10 +39,11 @@ def chunk_attention(
     if smooth:
         raise refuse(HeddleNotImplementedError, "unsupported", "smooth", "smoothed keys on a GPU; allowed is False")
     batch, tokens = k.shape[:2]
-    pages = -(-tokens // _PAGE_SIZE)
+    page_size = math.lcm(_PAGE_SIZE, partition)
+    pages = -(-tokens // page_size)
     cache = heddle.KVCache(
         batch * pages,
-        _PAGE_SIZE,
+        page_size,
         k.shape[2],
         k.shape[3],
         head_dim_v=v.shape[3],
@@ -63,6 +65,9 @@ def packed_attention(
     q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv]; valid: bool [B, Sk]. With `causal` the queries are the last
     Sq of the Sk tokens, so real queries stay aligned with real keys; the rows of padding queries are 0.
     """
+    if arguments["format"] is not None and q.is_cuda:
+        message = f"{arguments['format']} in a padded batch on a GPU; allowed is None, or a batch without padding"
+        raise refuse(HeddleNotImplementedError, "unsupported", "kv_format", message)
     k, v = k.to(q.dtype), v.to(q.dtype)
     q_valid = valid[:, -q.shape[1] :] if causal else valid.new_ones(q.shape[:2])
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
