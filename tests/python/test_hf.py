@@ -233,6 +233,23 @@ def test_kv_format(llama, ids, name):
     torch.testing.assert_close(logits(llama, "heddle", ids), dense, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["int8-baseline", "int8-a", "int8-b", "fp8"])
+@pytest.mark.parametrize("cache", [None, "bf16", "same"])
+def test_a_format_that_attention_lacks_is_read_from_a_cache(monkeypatch, ids, name, cache):
+    """As on a GPU, here on the host: from the model's own cache if it is of the format, else from one for the call."""
+    llama = make("Llama", num_hidden_layers=1)
+    with heddle.hf.options(kv_format=name):
+        expected = logits(llama, "heddle", ids)
+        monkeypatch.setattr(heddle.hf._cache, "_lacks_formats", lambda q: True)
+        formats = []
+        pool = heddle.KVCache
+        monkeypatch.setattr(heddle, "KVCache", lambda *args, **kw: formats.append(kw["format"]) or pool(*args, **kw))
+        kept = cache and heddle.hf.HeddleCache(64, format=name if cache == "same" else cache)
+        got = logits(llama, "heddle", ids, past_key_values=kept)
+    assert formats == {None: [name], "bf16": ["bf16", name], "same": [name]}[cache]
+    assert (got - expected).norm() / expected.norm() < 1e-3
+
+
 def test_dtype(llama, ids):
     """Attention in another dtype than the model's, which gets its own back; a cache stores what came."""
     dense = logits(llama, "heddle", ids)

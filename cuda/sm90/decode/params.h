@@ -82,8 +82,9 @@ struct Params {
 
 #ifdef __CUDACC__
 // A length that is out of range counts as the nearest that is not.
+__device__ __forceinline__ int in_range(const Params& p, int kv_len) { return min(max(kv_len, 0), p.max_kv_len); }
 __device__ __forceinline__ int kv_len_of(const Params& p, std::int64_t request) {
-  return min(max(__ldg(p.seq_lens + request), 0), p.max_kv_len);
+  return in_range(p, __ldg(p.seq_lens + request));
 }
 #endif
 

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
   const std::int64_t entries = p.shape.entries;
   const bool near = entries <= kPlanEntries;
   std::int64_t* starts = near ? near_starts : p.starts;
-  const auto visible = [&](int kv_len) { return p.mask.visible(min(max(kv_len, 0), p.max_kv_len)).count; };
+  const auto visible = [&](int kv_len) { return p.mask.visible(kv_len).count; };
 
   // Exclusive sums of the entries' lengths, in every block for itself. Those of a warp, of one unit an entry, take 32
   // bits.
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
         keys = list_length(p, entry) * static_cast<int>(p.list_keys);
         if (blockIdx.x == 0) p.counts[entry] = keys;
       } else {
-        keys = visible(first == 0 ? ahead : __ldg(p.seq_lens + entry));
+        keys = visible(in_range(p, first == 0 ? ahead : __ldg(p.seq_lens + entry)));
       }
       if (near) near_keys[entry] = keys;
       length = static_cast<std::uint32_t>(p.shape.length(keys));
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
 
   // A warp makes 31 chunks from 32 cuts.
   const auto keys_of = [&](std::int64_t entry) {
-    return near ? near_keys[entry] : p.list != nullptr ? p.counts[entry] : visible(__ldg(p.seq_lens + entry));
+    return near ? near_keys[entry] : p.list != nullptr ? p.counts[entry] : visible(kv_len_of(p, entry));
   };
   const Cut cut(p.shape, total, all_alike ? unit_length : 0);
   const int chunks = p.shape.ctas * cut.per_cta;

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from heddle import available_backends
 from heddle._errors import HeddleValueError, refuse
-from heddle.demo._variants import DEFAULT_VARIANTS, REFERENCES, make_variants
+from heddle.demo._variants import DEFAULT_VARIANTS, PRECISION, REFERENCES, make_variants
 
 __all__ = ["add_arguments", "add_inputs", "run"]
 
@@ -84,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
         message = f"{args.decode_tokens}; allowed are fewer than --tokens {args.tokens}"
         raise refuse(HeddleValueError, "value", "--decode-tokens", message)
     device = _device(args.device)
-    precision = "float32" if device == "cpu" else "float16"
-    variants = make_variants(args.variants.split(","), args.window, args.globals, *args.strided, precision)
+    variants = make_variants(args.variants.split(","), args.window, args.globals, *args.strided, PRECISION[device])
     for option, path in (("--report", args.report), ("--json", args.json)):
         if path is not None and not path.absolute().parent.is_dir():
             raise refuse(HeddleValueError, "value", option, f"{path}: the directory does not exist")

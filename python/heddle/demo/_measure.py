@@ -39,7 +39,7 @@ import heddle.hf
 from heddle import _core, _record
 from heddle.demo import _inputs
 from heddle.demo._show import Terminal
-from heddle.demo._variants import Variant
+from heddle.demo._variants import PRECISION, Variant
 
 # Rows of the text whose logits are held at once.
 _LOGIT_ROWS = 256
@@ -122,7 +122,7 @@ def measure(
             "others_share": others.share(),
         },
         "versions": versions(),
-        "model": {**_describe_model(name, path, model), "attention": "float32" if device == "cpu" else "float16"},
+        "model": {**_describe_model(name, path, model), "attention": PRECISION[device]},
         "text": {
             "name": text_name,
             "tokens": args.tokens,
@@ -192,8 +192,8 @@ class _Bench:
         self.decode_tokens = decode_tokens
         self.layers = model.config.num_hidden_layers
         self.watch = _Stopwatch(ids.device)  # spans: attention and cache updates
-        on_gpu = ids.device.type == "cuda"
-        self.dense_format, self.dtype = ("fp16", torch.float16) if on_gpu else ("fp32", None)
+        self.dtype = getattr(torch, PRECISION[ids.device.type])
+        self.dense_format = f"fp{torch.finfo(self.dtype).bits}"
         self.tick: Callable[[float], None] = lambda part: None
 
         self.heddle = heddle.hf.HeddleAttention(heddle.hf.HeddleConfig(dtype=self.dtype))

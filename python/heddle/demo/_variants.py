@@ -12,6 +12,8 @@ import heddle
 from heddle._errors import HeddleValueError, refuse
 
 REFERENCES = ("sdpa", "dense")
+# What heddle computes attention in, by the device.
+PRECISION = {"cpu": "float32", "cuda": "float16"}
 DEFAULT_VARIANTS = (*REFERENCES, "window", "strided", "int8-baseline", "int8-a", "int8-b", "fp8")
 
 
@@ -61,7 +63,7 @@ def make_variants(
 ) -> list[Variant]:
     """The variants of these names, in the table's order, the references always among them.
 
-    precision: what heddle computes attention in, for people.
+    precision: of PRECISION, for people.
 
     Raises HeddleValueError for a name that does not exist and for a window or stride out of range.
     """

@@ -33,12 +33,12 @@ class HeddleConfig:
         partition: tokens that share a scale, for kv_format "int8-a".
         smooth: K smoothing, with a kv_format; not on a GPU.
         backend: as for heddle.attention.
-        dtype: what attention is computed in; q, k, v are converted to it, and the output back, while a HeddleCache
-            stores keys and values as they come. None: the model's own. GPUs have float16 and bfloat16.
         sampling: draw values instead of reading them all: a heddle.Sampling, or a function of (layer_idx, number of
             keys) that returns one or None; it should give each layer and length an offset of its own. It applies
             wherever a HeddleCache is read, so not to the first prefill, and not without one. Requests of a padded batch
             draw alike.
+        dtype: what attention is computed in; q, k, v are converted to it, and the output back, while a HeddleCache
+            stores keys and values as they come. None: the model's own. GPUs have float16 and bfloat16.
     """
 
     selection: heddle.Selection | LayerSelection | None = None
@@ -46,8 +46,8 @@ class HeddleConfig:
     partition: int = 1
     smooth: bool = False
     backend: str | None = None
-    dtype: torch.dtype | None = None
     sampling: heddle.Sampling | LayerSampling | None = None
+    dtype: torch.dtype | None = None
 
 
 _overrides: ContextVar[dict[str, Any]] = ContextVar("heddle_hf_options", default={})  # noqa: B039 (never mutated)
@@ -78,8 +78,8 @@ def register(
     partition: int = 1,
     smooth: bool = False,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
     sampling: heddle.Sampling | LayerSampling | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Makes heddle an attention implementation of transformers: `attn_implementation=name`.
 
@@ -90,7 +90,7 @@ def register(
     """
     if name == "eager" or not isinstance(AttentionInterface().get(name, HeddleAttention()), HeddleAttention):
         raise refuse(HeddleValueError, "value", "name", f"{name!r} is another implementation of attention")
-    config = HeddleConfig(selection, kv_format, partition, smooth, backend, dtype, sampling)
+    config = HeddleConfig(selection, kv_format, partition, smooth, backend, sampling, dtype)
     AttentionInterface.register(name, HeddleAttention(config))
     AttentionMaskInterface.register(name, heddle_mask)
 

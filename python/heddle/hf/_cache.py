@@ -17,6 +17,11 @@ from heddle._errors import HeddleNotImplementedError, HeddleTypeError, HeddleVal
 _PAGE_SIZE = 64
 
 
+def _lacks_formats(q: torch.Tensor) -> bool:
+    """Whether heddle.attention has no 8-bit formats where q is, while decode has: on a GPU."""
+    return q.is_cuda
+
+
 def chunk_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -29,32 +34,17 @@ def chunk_attention(
 ) -> torch.Tensor:
     """heddle.attention of q [B, Sq, Hq, D] over k [B, Sk, Hkv, D] and v [B, Sk, Hkv, Dv], which become q's dtype.
 
-    On a GPU it has no 8-bit formats, but decode has: there a `format` makes a cache for this call. Its scales are those
-    of all tokens, as they are in heddle.attention.
+    Where it lacks the `format`, a cache of it is filled for this call and read. Its scales are those of all tokens, as
+    they are in heddle.attention.
     """
-    if format is None or not q.is_cuda:
-        return heddle.attention(
-            q, k.to(q.dtype), v.to(q.dtype), format=format, partition=partition, smooth=smooth, **arguments
-        )
+    storage = {"format": format, "partition": partition, "smooth": smooth}
+    if format is None or not _lacks_formats(q):
+        return heddle.attention(q, k.to(q.dtype), v.to(q.dtype), **arguments, **storage)
     if smooth:
         raise refuse(HeddleNotImplementedError, "unsupported", "smooth", "smoothed keys on a GPU; allowed is False")
-    batch, tokens = k.shape[:2]
-    page_size = math.lcm(_PAGE_SIZE, partition)
-    pages = -(-tokens // page_size)
-    cache = heddle.KVCache(
-        batch * pages,
-        page_size,
-        k.shape[2],
-        k.shape[3],
-        head_dim_v=v.shape[3],
-        format=format,
-        device=str(k.device),
-        partition=partition,
-    )
-    table = torch.arange(batch * pages, dtype=torch.int32, device=k.device).view(batch, pages)
-    cache.calibrate(k, v, q)
-    lengths = cache.append(k, v, table, torch.zeros(batch, dtype=torch.int32, device=k.device))
-    return heddle.decode(q, cache, table, lengths, **arguments)
+    layer = HeddleCacheLayer(k.shape[1], format, math.lcm(_PAGE_SIZE, partition), partition, feature_major=False)
+    layer.update(k.transpose(1, 2), v.transpose(1, 2))
+    return layer.attend(q, None, arguments, storage)
 
 
 def packed_attention(
@@ -65,7 +55,7 @@ def packed_attention(
     q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv]; valid: bool [B, Sk]. With `causal` the queries are the last
     Sq of the Sk tokens, so real queries stay aligned with real keys; the rows of padding queries are 0.
     """
-    if arguments["format"] is not None and q.is_cuda:
+    if arguments["format"] is not None and _lacks_formats(q):
         message = f"{arguments['format']} in a padded batch on a GPU; allowed is None, or a batch without padding"
         raise refuse(HeddleNotImplementedError, "unsupported", "kv_format", message)
     k, v = k.to(q.dtype), v.to(q.dtype)
@@ -234,7 +224,10 @@ class HeddleCacheLayer(CacheLayerMixin):
         if first:
             if padded:
                 return packed_attention(q, k, v, valid, **arguments, **storage)
-            return chunk_attention(q, k, v, **arguments, **storage)
+            # The cache holds these tokens alone: where it is of the format that attention lacks, it is read.
+            here = {"format": self.format, "partition": self.partition, "smooth": False}
+            if storage != here or not _lacks_formats(q):
+                return chunk_attention(q, k, v, **arguments, **storage)
         arguments = {**arguments, "sampling": sampling}
         if padded:
             out = q.new_zeros(*q.shape[:3], v.shape[-1])
